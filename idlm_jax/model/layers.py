@@ -1,0 +1,100 @@
+"""The pieces of a Qwen3 block that know nothing of attention: RMSNorm, RoPE, projections, gated MLP."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from idlm_jax.array_types import Hidden, RowGate
+from idlm_jax.config import ModelConfig
+
+
+class RMSNorm(nnx.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), the mean in float32 over the last axis."""
+
+    def __init__(self, size: int, config: ModelConfig):
+        self.weight = nnx.Param(jnp.ones((size,), config.param_dtype))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        weight = jnp.broadcast_to(self.weight[...].astype(x.dtype), x.shape)
+        return weight * normed.astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """y = einsum(x, kernel) + gate * scale * (x A) B: a linear map with an optional gated low-rank update.
+
+    The gate acts after the shrink `x A`, so a row whose gate is off gets exactly `+ 0`: its output is bitwise the
+    base model's. Both factors are 2-D, as PEFT stores them.
+    """
+
+    def __init__(
+        self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], config: ModelConfig, *, rngs: nnx.Rngs
+    ):
+        """Kernel of shape [*in_shape, *out_shape], drawn from a normal of variance 1 / fan-in."""
+        self.in_shape, self.out_shape, self.compute_dtype = in_shape, out_shape, config.compute_dtype
+        fan_in = math.prod(in_shape)
+        normal = jax.nn.initializers.normal(fan_in**-0.5)
+        self.kernel = nnx.Param(normal(rngs.params(), (*in_shape, *out_shape), jnp.dtype(config.param_dtype)))
+        self.lora_scale = config.lora.scale if config.lora else 0.0
+        if config.lora:
+            # A as in PEFT (Kaiming uniform with a = sqrt(5)), B zero: a new adapter changes nothing.
+            bound = fan_in**-0.5
+            self.lora_a = nnx.LoRAParam(
+                jax.random.uniform(
+                    rngs.params(),
+                    (fan_in, config.lora.rank),
+                    jnp.dtype(config.param_dtype),
+                    -bound,
+                    bound,
+                )
+            )
+            self.lora_b = nnx.LoRAParam(
+                jnp.zeros((config.lora.rank, math.prod(out_shape)), config.param_dtype)
+            )
+
+    def __call__(self, x: Float[Array, "B T ..."], gate: RowGate | None) -> Float[Array, "B T ..."]:
+        batch, rows = x.shape[:2]
+        x = x.astype(self.compute_dtype).reshape(batch, rows, -1)
+        kernel = self.kernel[...].astype(self.compute_dtype).reshape(x.shape[-1], -1)
+        y = x @ kernel
+        if self.lora_scale and gate is not None:
+            shrunk = jnp.where(gate[..., None], x @ self.lora_a[...].astype(self.compute_dtype), 0)
+            y = y + self.lora_scale * (shrunk @ self.lora_b[...].astype(self.compute_dtype))
+        return y.reshape(batch, rows, *self.out_shape)
+
+
+class GatedMlp(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width, inner = (config.hidden_size,), (config.mlp_size,)
+        self.gate = Projection(width, inner, config, rngs=rngs)
+        self.up = Projection(width, inner, config, rngs=rngs)
+        self.down = Projection(inner, width, config, rngs=rngs)
+
+    def __call__(self, x: Hidden, lora_gate: RowGate | None) -> Hidden:
+        return self.down(jax.nn.silu(self.gate(x, lora_gate)) * self.up(x, lora_gate), lora_gate)
+
+
+def rope_tables(
+    positions: Int[Array, "B T"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+    """Cosines and sines of the rotary angles, always float32: bfloat16 would turn position 257 into 256."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angles = positions[..., None].astype(jnp.float32) * (1.0 / theta**exponents)[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "B T X H"], tables: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+) -> Float[Array, "B T X H"]:
+    """Rotates the pairs (i, i + H/2) of every head: Hugging Face's half-split layout, not the interleaved one."""
+    cos, sin = (table[:, :, None, :] for table in tables)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

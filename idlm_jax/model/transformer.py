@@ -1,0 +1,127 @@
+"""Qwen3 as one thin Flax NNX module: embedding, a scanned stack of blocks, final norm, head.
+
+The module is split once, at the jit boundary (`nnx.split`), and merged inside. Block parameters carry a leading layer
+axis, so one compiled body serves every layer and a checkpoint has one array per kind of tensor.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from idlm_jax.array_types import Hidden, Logits, Positions, RowGate, Tokens
+from idlm_jax.config import ModelConfig
+from idlm_jax.model.attention import Attend, Attention, RopeTables, causal_attend
+from idlm_jax.model.layers import GatedMlp, RMSNorm, rope_tables
+
+# Axis letters of every parameter, one entry per array; weight names and sharding rules are both derived from it.
+PARAM_AXES: dict[tuple[str, ...], str] = {
+    ("embedding",): "VD",
+    ("blocks", "attention_norm", "weight"): "LD",
+    ("blocks", "attention", "q", "kernel"): "LDNH",
+    ("blocks", "attention", "k", "kernel"): "LDKH",
+    ("blocks", "attention", "v", "kernel"): "LDKH",
+    ("blocks", "attention", "o", "kernel"): "LNHD",
+    ("blocks", "attention", "q_norm", "weight"): "LH",
+    ("blocks", "attention", "k_norm", "weight"): "LH",
+    ("blocks", "mlp_norm", "weight"): "LD",
+    ("blocks", "mlp", "gate", "kernel"): "LDF",
+    ("blocks", "mlp", "up", "kernel"): "LDF",
+    ("blocks", "mlp", "down", "kernel"): "LFD",
+    ("final_norm", "weight"): "D",
+    ("head",): "VD",
+}
+
+
+class Block(nnx.Module):
+    """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config)
+        self.mlp = GatedMlp(config, rngs=rngs)
+
+    def __call__(
+        self, x: Hidden, rope: RopeTables, attend: Attend, layer_input: Any, lora_gate: RowGate | None
+    ) -> tuple[Hidden, Any]:
+        mixed, layer_output = self.attention(self.attention_norm(x), rope, attend, layer_input, lora_gate)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x), lora_gate), layer_output
+
+
+class Qwen3(nnx.Module):
+    """The decoder. `config.lora` adds gated adapters; without a gate they have no effect."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Draws fresh parameters: normal, 0.02 for embedding and head, 1/sqrt(fan-in) for projections."""
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        self.config = config
+        normal = jax.nn.initializers.normal(0.02)
+        table_shape, dtype = (config.vocab_size, config.hidden_size), jnp.dtype(config.param_dtype)
+        self.embedding = nnx.Param(normal(rngs.params(), table_shape, dtype))
+        self.blocks = stacked_blocks(rngs)
+        self.final_norm = RMSNorm(config.hidden_size, config)
+        if not config.tie_embeddings:
+            self.head = nnx.Param(normal(rngs.params(), table_shape, dtype))
+
+    def hidden_states(
+        self,
+        tokens: Tokens,
+        positions: Positions,
+        attend: Attend,
+        *,
+        layer_inputs: Any = None,
+        lora_gate: RowGate | None = None,
+    ) -> tuple[Hidden, Any]:
+        """Runs the stack.
+
+        Args:
+            tokens: ids in [0, V).
+            positions: rotary position of every row.
+            attend: who sees whom, and what each layer hands back.
+            layer_inputs: pytree with a leading layer axis (a KV cache), one slice to each layer; None for none.
+            lora_gate: rows on which the adapter acts; None leaves it out altogether.
+
+        Returns:
+            The normed hidden states, and what `attend` handed back, stacked over layers.
+        """
+        config = self.config
+        rope = rope_tables(positions, config.head_dim, config.rope_theta)
+        graph, stacked = nnx.split(self.blocks)
+
+        def layer(x: Hidden, inputs: Any) -> tuple[Hidden, Any]:
+            params, layer_input = inputs
+            return nnx.merge(graph, params)(x, rope, attend, layer_input, lora_gate)
+
+        if config.remat != "none":
+            policies = jax.checkpoint_policies
+            keep = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            layer = jax.checkpoint(layer, policy=keep)
+        x = self.embedding[...][tokens].astype(config.compute)
+        x, outputs = jax.lax.scan(layer, x, (stacked, layer_inputs), unroll=config.scan_unroll)
+        return self.final_norm(x), outputs
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """Rows of the output head in compute dtype; the embedding itself when tied."""
+        weight = self.embedding if self.config.tie_embeddings else self.head
+        return weight[...].astype(self.config.compute)
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Float32 scores of the next token for every given row."""
+        return jnp.einsum("BTD,VD->BTV", hidden, self.head_weight(), preferred_element_type=jnp.float32)
+
+    def __call__(self, tokens: Tokens) -> Logits:
+        """Causal logits of whole sequences that start at position 0."""
+        batch, rows = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (batch, rows))
+        visible = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
+        hidden, _ = self.hidden_states(tokens, positions, causal_attend(visible))
+        return self.logits(hidden)
