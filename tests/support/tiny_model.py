@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
 from idlm_jax.config import ModelConfig
@@ -32,3 +34,29 @@ def tiny_module(seed: int = 0, **changes: Any) -> Qwen3:
 
 def tiny_lm(seed: int = 0, **changes: Any) -> LanguageModel:
     return from_module(tiny_module(seed, **changes))
+
+
+def sharpen(module: Qwen3, factor: float) -> Qwen3:
+    """Scales embedding and head: fresh weights give almost uniform logits, on which few mistakes would show."""
+    module.embedding[...] = module.embedding[...] * factor
+    if not module.config.tie_embeddings:
+        module.head[...] = module.head[...] * factor
+    return module
+
+
+def randomize_adapter(module: Qwen3, seed: int = 1, scale: float = 0.3) -> Qwen3:
+    """Gives every second LoRA factor random values; a fresh adapter is zero there and would hide a leak."""
+    state = nnx.state(module, nnx.LoRAParam)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [
+        scale * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    nnx.update(module, jax.tree.unflatten(tree, drawn))
+    return module
+
+
+def random_prompts(num: int, longest: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of 1 to `longest` ids in [0, vocab_size)."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, size=rng.integers(1, longest + 1)).tolist() for _ in range(num)]

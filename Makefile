@@ -1,0 +1,72 @@
+# Every target starts from a bare checkout: it builds the environment it needs, once, from pyproject.toml and
+# constraints/. Python 3.11 or later is all that has to be there (3.12 for test-next).
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-next lint clean
+
+# The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
+find_python = $(shell for p in $(2); do \
+	"$$p" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] < (3, $(1)))' >/dev/null 2>&1 \
+	&& { echo "$$p"; break; }; done)
+PYENV_ROOT ?= $(HOME)/.pyenv
+PYTHON ?= $(call find_python,11,python3.11 python3 python3.12 python3.13 $(wildcard $(PYENV_ROOT)/versions/3.1[1-3]*/bin/python3))
+PYTHON_NEXT ?= $(call find_python,12,python3.12 $(wildcard $(PYENV_ROOT)/versions/3.12*/bin/python3))
+
+# 3.11 has its own pins: jax and flax went on without it.
+pins = constraints/py$$($(1)/bin/python -c 'import sys; print(min(312, 300 + sys.version_info[1]))').txt
+install = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint $(pins)
+CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: .venv/.runtime  ## train a tiny model, decode with it, check the result (CPU; no torch)
+	.venv/bin/idlm demo
+
+test: lint  ## lint and all tests that need no compiler for another machine
+	.venv/bin/pytest
+
+test-fast: .venv/.dev  ## tests that take seconds
+	.venv/bin/pytest -m "not slow and not compile"
+
+test-next: .venv-next/.dev  ## all tests but parity on Python 3.12 and the newest jax; compile for H200 and TPU
+	.venv-next/bin/pytest -m "not torch" --ignore tests/parity
+
+lint: .venv/.dev  ## ruff (rules, format) and pyright
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+clean:  ## remove environments, caches and build outputs (never runs/ or out/)
+	rm -rf .venv .venv-next build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: a second call costs nothing, an edited requirement reinstalls.
+.venv/.created:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found. Install one (Debian: apt install python3.11-venv;" \
+	    "macOS: brew install python@3.11) or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.runtime: .venv/.created pyproject.toml $(wildcard constraints/*.txt)
+	$(call install,.venv) --editable .
+	touch $@
+
+# PyPI's torch for Linux brings gigabytes of CUDA. A CPU wheel that pip already knows comes first, then PyTorch's own index.
+.venv/.dev: .venv/.runtime
+	$(call install,.venv) "torch==2.13.0+cpu" || $(call install,.venv) --extra-index-url $(CPU_TORCH_INDEX) torch
+	$(call install,.venv) --editable ".[dev,parity]"
+	touch $@
+
+.venv-next/.created:
+	@test -n "$(PYTHON_NEXT)" || { echo "No Python 3.12 with venv found on PATH or under pyenv. Install one (apt install" \
+	    "python3.12-venv; pyenv install 3.12) or name it: make test-next PYTHON_NEXT=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON_NEXT) -m venv .venv-next
+	touch $@
+
+# The CUDA plugin is installed without its dependencies: a compiler needs neither cuDNN nor NCCL, which are gigabytes.
+.venv-next/.dev: .venv-next/.created pyproject.toml $(wildcard constraints/*.txt)
+	$(call install,.venv-next) --editable ".[dev]" "jax[tpu]"
+	$(call install,.venv-next) --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
+	touch $@

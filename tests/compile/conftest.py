@@ -1,0 +1,5 @@
+"""Keeps libtpu from asking a cloud metadata server, for minutes, what machine this is."""
+
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -1,0 +1,114 @@
+"""Compiles for an H200 and for TPUs on a machine that has neither: real compilers, bytes per device.
+
+Shows that a program lowers, fits and shards. Shows nothing of speed or of numerics: nothing runs.
+Needs the packages that `make test-next` installs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.stages import Compiled
+
+# What XLA:GPU asks of a device before it compiles for it (xla.StreamExecutorGpuDeviceInfo), H200 SXM.
+H200_TARGET = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 12 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800
+  memory_bandwidth: 4800000000000
+  device_memory_size: 143000000000
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
+
+
+def h200_mesh(shape: Sequence[int] = (1,), axes: Sequence[str] = ("data",)) -> Mesh:
+    """A mesh of H200s of one host that exist only for the compiler."""
+    count = int(np.prod(shape))
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200_TARGET, topology=f"1x1x{count}"
+    )
+    return _mesh(topology.devices, shape, axes)
+
+
+def tpu_mesh(topology: str, shape: Sequence[int], axes: Sequence[str]) -> Mesh:
+    """A mesh over the first chips of a named topology, such as 'v5e:2x2', 'v6e:2x2' or 'v5p:4x4x4'."""
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return _mesh(described.devices, shape, axes)
+
+
+def on_mesh(tree: Any, mesh: Mesh, spec: PartitionSpec | Callable[[tuple[Any, ...]], PartitionSpec]) -> Any:
+    """Puts abstract arrays on `mesh`.
+
+    Args:
+        tree: pytree whose leaves have a shape and a dtype.
+        mesh: devices.
+        spec: one spec for every leaf, or a function of the leaf's key path.
+    """
+
+    def placed(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        of_leaf = spec if isinstance(spec, PartitionSpec) else spec(path)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, of_leaf))
+
+    return jax.tree_util.tree_map_with_path(placed, tree)
+
+
+def compile_for(mesh: Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Compiled:
+    """Compiles `fn` for the devices of `mesh`.
+
+    Args:
+        mesh: from `h200_mesh` or `tpu_mesh`.
+        fn: pure function of `args`.
+        *args: pytrees of abstract arrays placed by `on_mesh`.
+        **jit_options: passed to `jax.jit` (donate_argnums, out_shardings, ...).
+
+    Returns:
+        The executable: `memory_analysis()` is per device, `as_text()` the optimised HLO.
+    """
+    jitted = jax.jit(fn, **jit_options)
+    if mesh.devices.flat[0].platform == "tpu":
+        return jitted.lower(*args).compile()
+    # Lowering for CUDA has to be asked for by name, or it seeks a live GPU. Triton kernels read the kind of
+    # device from the abstract mesh. Autotuning would have to run its candidates.
+    with jax.sharding.use_abstract_mesh(_gpu_abstract_mesh(mesh)):
+        lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
+    return lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
+
+
+def _mesh(devices: Sequence[Any], shape: Sequence[int], axes: Sequence[str]) -> Mesh:
+    count = int(np.prod(shape))
+    if len(devices) < count:
+        raise ValueError(f"a mesh of {tuple(shape)} needs {count} devices, the topology has {len(devices)}")
+    # Auto is named because jax.make_mesh, elsewhere in the project, would default to Explicit.
+    return Mesh(
+        np.array(devices[:count]).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+    )
+
+
+def _gpu_abstract_mesh(mesh: Mesh) -> AbstractMesh:
+    from jax._src.mesh import AbstractDevice  # no public name yet (jax 0.11.2)
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    return AbstractMesh(
+        tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
+    )
