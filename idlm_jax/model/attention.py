@@ -4,7 +4,7 @@ A block does not know whether it trains, prefills or decodes: it hands its rotat
 `Attend` and adds what comes back. Masks are boolean with True = may attend.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ from idlm_jax.array_types import Hidden, Keys, Queries, RowGate
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.layers import Projection, RMSNorm, apply_rope
 
-RopeTables = tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+# `half` is H // 2; jaxtyping cannot derive one argument's axis from an axis that no earlier argument has bound.
+RopeTables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
+@runtime_checkable  # beartype checks every hint when the tests run
 class Attend(Protocol):
     """Mixes values for one layer; `layer_input` is that layer's slice of whatever the caller scans over."""
 

@@ -83,7 +83,7 @@ class GatedMlp(nnx.Module):
 
 def rope_tables(
     positions: Int[Array, "B T"], head_dim: int, theta: float
-) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines of the rotary angles, always float32: bfloat16 would turn position 257 into 256."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     angles = positions[..., None].astype(jnp.float32) * (1.0 / theta**exponents)[None, None, :]
@@ -91,7 +91,7 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "B T X H"], tables: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]
+    x: Float[Array, "B T X H"], tables: tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 ) -> Float[Array, "B T X H"]:
     """Rotates the pairs (i, i + H/2) of every head: Hugging Face's half-split layout, not the interleaved one."""
     cos, sin = (table[:, :, None, :] for table in tables)

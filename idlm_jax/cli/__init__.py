@@ -1,0 +1,31 @@
+"""`idlm`: the command line. The composition root: it alone may reach up into `train`, which runs from a checkout."""
+
+import sys
+
+import typer
+
+from idlm_jax.cli.demo import demo
+from idlm_jax.cli.evaluate import evaluate
+from idlm_jax.cli.export import export
+from idlm_jax.cli.generate import generate
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Introspective diffusion language models: generate, export, evaluate, and a five-minute demo. "
+    "Training is `python -m train CONFIG.yaml key=value ...` from a checkout.",
+)
+app.command()(generate)
+app.command()(export)
+app.command(name="eval")(evaluate)
+app.command()(demo)
+
+
+def main() -> None:
+    """Runs a command; a refused input ends in one line on stderr and exit code 2, never in a traceback."""
+    try:
+        app()
+    except (ValueError, NotImplementedError, FileNotFoundError, OSError) as error:
+        print(f"idlm: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,229 @@
+"""`generate`: a list of prompts in, a list of completions out, one compiled loop in between."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idlm_jax.decoding.loop import run_loop, run_prefill
+from idlm_jax.decoding.method import ISD, Method, StepPlan
+from idlm_jax.decoding.prompts import Prompt, encode_prompt
+from idlm_jax.decoding.sampling import SamplingParams, SamplingState
+from idlm_jax.decoding.state import DecodeState, Finish, initial_state
+from idlm_jax.model.language_model import LanguageModel
+
+NO_LIMIT = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of one committed token under the causal distribution, and of the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What became of one prompt.
+
+    Attributes:
+        token_ids: generated ids, the stop token included.
+        text: the same without special tokens; empty when the model has no tokenizer.
+        finish_reason: "stop" (a stop or end-of-sequence id) or "length" (`max_tokens` reached).
+        num_forwards: forwards the request took part in, the prefill included.
+        num_cold_starts: forwards after the prefill that had no draft to verify.
+        verified_by_depth: drafts that decided a token, depth 0 first.
+        accepted_by_depth: how many of those were accepted.
+        acceptance_rate: mean of min(1, p/q) over the verified drafts; nan when there were none (AR).
+        logprobs: one entry per token when asked for, else None.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    num_forwards: int
+    num_cold_starts: int
+    verified_by_depth: tuple[int, ...]
+    accepted_by_depth: tuple[int, ...]
+    acceptance_rate: float
+    logprobs: list[TokenLogprob] | None
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """TPF; exactly 1 for AR."""
+        return len(self.token_ids) / self.num_forwards
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedBatch:
+    """A batch on the device, ready for its prefill."""
+
+    plan: StepPlan
+    state: DecodeState
+    prompt_lens: list[int]
+    prefill_rows: int
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    method: Method | None = None,
+    sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    batch_size: int = 64,
+) -> list[Completion]:
+    """Completes every prompt.
+
+    A request's tokens depend on its own prompt, parameters and seed, never on its neighbours. Batches are padded to
+    powers of two in requests, prompt length and capacity, so the number of compiled programs stays logarithmic.
+
+    Args:
+        lm: the model; its adapter, if any, acts on MASK rows only.
+        prompts: texts or lists of token ids.
+        method: `AR()` or `ISD(stride=N)`; by default ISD with stride 4.
+        sampling: one for all prompts, or one each. With one for all, equal prompts get equal completions.
+        batch_size: most requests in one compiled loop.
+
+    Raises:
+        ValueError: a prompt is empty, too long, holds foreign ids or a MASK; the list of sampling parameters has
+            another length; or ISD is asked of a model without a MASK id.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list; wrap a single text as [text]")
+    method = ISD() if method is None else method
+    sampling = SamplingParams() if sampling is None else sampling
+    params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
+    encoded = [encode_prompt(lm, prompt, index) for index, prompt in enumerate(prompts)]
+    completions = []
+    for first in range(0, len(encoded), batch_size):
+        batch, wanted = encoded[first : first + batch_size], params[first : first + batch_size]
+        prepared = prepare_batch(lm, batch, method, wanted)
+        state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
+        state = run_loop(lm.graph, lm.params, prepared.plan, state, jnp.int32(NO_LIMIT))
+        completions += read_completions(lm, state, prepared.prompt_lens, wanted)
+    return completions
+
+
+def prepare_batch(
+    lm: LanguageModel,
+    prompts: Sequence[list[int]],
+    method: Method,
+    params: Sequence[SamplingParams],
+) -> PreparedBatch:
+    """Checks lengths, pads to buckets and moves a batch to the device.
+
+    Raises:
+        ValueError: prompt plus `max_tokens` exceeds the model's positions, or the model has no MASK id for ISD.
+    """
+    config = lm.config
+    if method.num_masks and config.mask_token_id is None:
+        raise ValueError(
+            f"{method} needs a MASK id and this model has none: pass load(..., mask_token_id=...) or use AR()"
+        )
+    for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        if len(prompt) + wanted.max_tokens > config.max_position:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens and max_tokens={wanted.max_tokens}: together they exceed "
+                f"the model's {config.max_position} positions"
+            )
+    prompt_lens = [len(prompt) for prompt in prompts]
+    ends = [length + wanted.max_tokens for length, wanted in zip(prompt_lens, params, strict=True)]
+    slots = bucket(len(prompts), smallest=1)
+    prefill_rows = bucket(max(prompt_lens), smallest=16)
+    # The last forward may write M rows behind the last token; a prefill writes its padded rows.
+    capacity = bucket(max(max(ends) + method.num_masks, prefill_rows), smallest=64)
+    tokens = np.zeros((slots, capacity), np.int32)
+    for slot, prompt in enumerate(prompts):
+        tokens[slot, : len(prompt)] = prompt
+    stops = [
+        set(wanted.stop_token_ids) | set(() if wanted.ignore_eos else config.eos_token_ids)
+        for wanted in params
+    ]
+    stop_ids = np.full((slots, bucket(max(map(len, stops)), smallest=4)), -1, np.int32)
+    for slot, stop in enumerate(stops):
+        stop_ids[slot, : len(stop)] = sorted(stop)
+
+    def column(values: Sequence[float | int], fill: float | int, dtype: type) -> np.ndarray:
+        return np.array([*values, *[fill] * (slots - len(values))], dtype)
+
+    sampling = SamplingState(
+        temperature=jnp.asarray(column([p.temperature for p in params], 0.0, np.float32)),
+        top_k=jnp.asarray(column([p.top_k for p in params], 0, np.int32)),
+        top_p=jnp.asarray(column([p.top_p for p in params], 1.0, np.float32)),
+        seed=jnp.asarray(column([p.seed for p in params], 0, np.uint32)),
+    )
+    plan = StepPlan(
+        num_masks=method.num_masks,
+        argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
+        soft_proposal_probs=isinstance(method, ISD) and method.rule == "official",
+        filtered=any(p.top_k > 0 or p.top_p < 1.0 for p in params),
+        num_top_logprobs=max(p.logprobs or 0 for p in params),
+        mask_token_id=-1 if config.mask_token_id is None else config.mask_token_id,
+    )
+    # Padding slots: one-token prompts with no budget, done before they start.
+    state = initial_state(
+        config, plan, tokens, column(prompt_lens, 1, np.int32), column(ends, 1, np.int32), stop_ids, sampling
+    )
+    return PreparedBatch(plan, state, prompt_lens, prefill_rows)
+
+
+def bucket(size: int, *, smallest: int) -> int:
+    """The smallest power of two that holds `size`, and at least `smallest`."""
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
+def read_completions(
+    lm: LanguageModel, state: DecodeState, prompt_lens: list[int], params: Sequence[SamplingParams]
+) -> list[Completion]:
+    """Fetches a finished batch and describes each request."""
+    tokens, context_len, finish, counts, logprob, top_ids, top_logprobs = jax.device_get(
+        (
+            state.tokens,
+            state.context_len,
+            state.finish,
+            state.counts,
+            state.logprobs,
+            state.top_ids,
+            state.top_logprobs,
+        )
+    )
+    completions = []
+    for slot, (prompt_len, wanted) in enumerate(zip(prompt_lens, params, strict=True)):
+        span = slice(prompt_len, int(context_len[slot]) + 1)
+        token_ids = tokens[slot, span].tolist()
+        logprobs = None
+        if wanted.logprobs is not None:
+            logprobs = [
+                TokenLogprob(token, float(logprob[slot, at]), dict(zip(ids, values, strict=True)))
+                for token, at, ids, values in zip(
+                    token_ids,
+                    range(prompt_len, span.stop),
+                    top_ids[slot, span, : wanted.logprobs].tolist(),
+                    top_logprobs[slot, span, : wanted.logprobs].tolist(),
+                    strict=True,
+                )
+            ]
+        verified = int(counts.verified[slot].sum())
+        completions.append(
+            Completion(
+                token_ids=token_ids,
+                text=lm.tokenizer.decode(token_ids, skip_special_tokens=True) if lm.tokenizer else "",
+                finish_reason="stop" if finish[slot] == Finish.STOP else "length",
+                num_forwards=int(counts.forwards[slot]),
+                num_cold_starts=int(counts.cold_starts[slot]),
+                verified_by_depth=tuple(counts.verified[slot].tolist()),
+                accepted_by_depth=tuple(counts.accepted[slot].tolist()),
+                acceptance_rate=float(counts.accept_prob[slot].sum()) / verified
+                if verified
+                else float("nan"),
+                logprobs=logprobs,
+            )
+        )
+    return completions

@@ -1,0 +1,95 @@
+"""Everything a running batch carries from one forward to the next: one pytree, leading axis = slot."""
+
+import enum
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from idlm_jax.config import ModelConfig
+from idlm_jax.decoding.method import StepPlan
+from idlm_jax.decoding.sampling import SamplingState
+from idlm_jax.model.kv_cache import KVCache, empty_cache
+
+
+class Finish(enum.IntEnum):
+    """Why a slot no longer decodes."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+
+
+class Counts(NamedTuple):
+    """Statistics of each request; depth 0 is the first draft after the bonus."""
+
+    forwards: Int[Array, " B"]
+    cold_starts: Int[Array, " B"]  # decode forwards that had nothing to verify
+    verified: Int[Array, "B M"]  # drafts whose fate decided a committed token, by depth
+    accepted: Int[Array, "B M"]
+    accept_prob: Float[Array, "B M"]  # sum of min(1, p/q) over the verified
+
+
+class DecodeState(NamedTuple):
+    """A batch in flight. S is the capacity; positions are absolute and 0-based.
+
+    The pending token of slot b is `tokens[b, context_len[b]]`: committed, its keys and values not yet written.
+    Cache entries [0, context_len) belong to the request; anything behind is stale.
+    """
+
+    tokens: Int[Array, "B S"]  # prompt and committed tokens
+    logprobs: Float[Array, "B S"]  # of the token at that position, before temperature and filters
+    top_ids: Int[Array, "B S A"]  # A likeliest alternatives
+    top_logprobs: Float[Array, "B S A"]
+    context_len: Int[Array, " B"]
+    end: Int[Array, " B"]  # first position that must stay empty: prompt length + max_tokens
+    stop_ids: Int[Array, "B E"]  # padded with -1
+    finish: Int[Array, " B"]
+    proposals: Int[Array, "B M"]
+    proposal_probs: Float[Array, "B M V"]
+    num_proposals: Int[Array, " B"]  # 0 means that the next forward is a cold start
+    sampling: SamplingState
+    counts: Counts
+    cache: KVCache
+
+
+def initial_state(
+    config: ModelConfig,
+    plan: StepPlan,
+    tokens: Int[np.ndarray, "B S"],
+    prompt_len: Int[np.ndarray, " B"],
+    end: Int[np.ndarray, " B"],
+    stop_ids: Int[np.ndarray, "B E"],
+    sampling: SamplingState,
+) -> DecodeState:
+    """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done."""
+    batch, capacity = tokens.shape
+    num_masks = plan.num_masks
+    is_idle = jnp.asarray(end) <= jnp.asarray(prompt_len)
+
+    def zeros(*shape: int, dtype: type = jnp.int32) -> Array:
+        return jnp.zeros((batch, *shape), dtype)
+
+    return DecodeState(
+        tokens=jnp.asarray(tokens),
+        logprobs=zeros(capacity, dtype=jnp.float32),
+        top_ids=zeros(capacity, plan.num_top_logprobs),
+        top_logprobs=zeros(capacity, plan.num_top_logprobs, dtype=jnp.float32),
+        context_len=jnp.asarray(prompt_len) - 1,
+        end=jnp.asarray(end),
+        stop_ids=jnp.asarray(stop_ids),
+        finish=jnp.where(is_idle, jnp.int32(Finish.LENGTH), jnp.int32(Finish.RUNNING)),
+        proposals=zeros(num_masks),
+        proposal_probs=zeros(num_masks, config.vocab_size, dtype=jnp.float32),
+        num_proposals=zeros(),
+        sampling=sampling,
+        counts=Counts(
+            forwards=zeros(),
+            cold_starts=zeros(),
+            verified=zeros(num_masks),
+            accepted=zeros(num_masks),
+            accept_prob=zeros(num_masks, dtype=jnp.float32),
+        ),
+        cache=empty_cache(config, batch, capacity),
+    )

@@ -1,0 +1,115 @@
+"""ISD again, for one request, in plain Python and without a KV cache: the definition the compiled loop must match.
+
+Every forward runs the whole causal sequence [committed, drafts, MASK ...] from position 0. Keys and the order of draws
+are those of the design, so greedy and sampled runs can both be compared token by token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from idlm_jax.decoding.method import AR, ISD
+from idlm_jax.decoding.sampling import Purpose, SamplingParams
+from idlm_jax.model.attention import causal_attend
+from idlm_jax.model.language_model import LanguageModel
+
+
+@dataclasses.dataclass
+class TwinResult:
+    token_ids: list[int]
+    num_forwards: int
+
+
+def dense_probs(logits: np.ndarray, params: SamplingParams, mask_id: int | None) -> np.ndarray:
+    """Temperature, top-k, top-p of one row, by sorting a Python list."""
+    logits = logits.astype(np.float64).copy()
+    if mask_id is not None:
+        logits[mask_id] = -np.inf
+    if params.temperature == 0:
+        return np.eye(len(logits))[int(np.argmax(logits))]
+    scaled = logits / params.temperature
+    kept = sorted(range(len(scaled)), key=lambda token: -scaled[token])
+    if params.top_k:
+        kept = kept[: params.top_k]
+    probs = np.zeros_like(scaled)
+    probs[kept] = np.exp(scaled[kept] - scaled.max())
+    probs /= probs.sum()
+    nucleus, mass = [], 0.0
+    for token in kept:
+        nucleus.append(token)
+        mass += probs[token]
+        if mass >= params.top_p and params.top_p < 1:
+            break
+    final = np.zeros_like(probs)
+    final[nucleus] = probs[nucleus]
+    return final / final.sum()
+
+
+def _draw(probs: np.ndarray, params: SamplingParams, position: int, purpose: Purpose) -> int:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(params.seed), position), purpose)
+    with np.errstate(divide="ignore"):
+        return int(jax.random.categorical(key, jnp.log(jnp.asarray(probs, jnp.float32))))
+
+
+def _uniform(params: SamplingParams, position: int) -> float:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(params.seed), position), Purpose.ACCEPT)
+    return float(jax.random.uniform(key))
+
+
+def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: SamplingParams) -> TwinResult:
+    """Decodes one prompt by definition."""
+    mask_id = lm.config.mask_token_id
+    module = nnx.merge(lm.graph, lm.params)
+    width = len(prompt) + params.max_tokens + 2 * method.num_masks
+
+    @jax.jit
+    def all_logits(tokens: jax.Array, is_mask: jax.Array) -> jax.Array:
+        positions = jnp.arange(width, dtype=jnp.int32)[None]
+        visible = jnp.tril(jnp.ones((width, width), bool))[None]
+        hidden, _ = module.hidden_states(tokens, positions, causal_attend(visible), lora_gate=is_mask)
+        return module.logits(hidden)[0]
+
+    def rows(sequence: list[int], num_masks: int) -> np.ndarray:
+        tokens = np.zeros((1, width), np.int32)
+        is_mask = np.zeros((1, width), bool)
+        tokens[0, : len(sequence)] = sequence
+        is_mask[0, len(sequence) : len(sequence) + num_masks] = True
+        tokens[is_mask] = mask_id or 0
+        return np.asarray(all_logits(jnp.asarray(tokens), jnp.asarray(is_mask)))
+
+    committed, drafts, draft_probs, forwards = list(prompt), [], [], 0
+    end, stops = len(prompt) + params.max_tokens, {*params.stop_token_ids, *lm.config.eos_token_ids}
+    while True:
+        logits = rows(committed + drafts, method.num_masks)
+        forwards += 1
+        new: list[int] = []
+        for draft, q in zip(drafts, draft_probs, strict=True):
+            position = len(committed) + len(new)
+            p = dense_probs(logits[position - 1], params, mask_id)
+            if _uniform(params, position) * q[draft] < p[draft]:
+                new.append(draft)
+                continue
+            residual = np.maximum(p - q, 0)
+            new.append(_draw(residual / residual.sum(), params, position, Purpose.COMMIT))
+            break
+        else:
+            position = len(committed) + len(drafts)
+            p = dense_probs(logits[position - 1], params, mask_id)
+            new.append(_draw(p, params, position, Purpose.COMMIT))
+        all_accepted = len(new) == len(drafts) + 1
+        first_mask = len(committed) + len(drafts)
+        for token in new:
+            committed.append(token)
+            if token in stops or len(committed) == end:
+                return TwinResult(committed[len(prompt) :], forwards)
+        drafts, draft_probs = [], []
+        if all_accepted:
+            for k in range(method.num_masks):
+                q = dense_probs(logits[first_mask + k], params, mask_id)
+                argmax = isinstance(method, ISD) and method.proposals == "argmax"
+                draft = int(np.argmax(q)) if argmax else _draw(q, params, len(committed) + k, Purpose.PROPOSE)
+                drafts.append(draft)
+                draft_probs.append(np.eye(len(q))[draft] if argmax else q)
