@@ -1,0 +1,451 @@
+"""The objective against a dense definition of its own, against what decoding sees, and in LoRA mode."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from idlm_jax.config import LoraConfig
+from idlm_jax.model.attention import causal_attend
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from tests.support.tiny_model import TINY, tiny_module
+from train import objective
+from train.batch import Batch
+from train.objective import (
+    LabelRows,
+    ObjectiveSettings,
+    RowCounts,
+    ar_loss,
+    introspective_loss,
+    lay_out,
+    measure_acceptance,
+)
+
+MASK = TINY.mask_token_id
+LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+def packed_batch(phase=True):
+    """Row 0: a prompt with its answer, then a chat of two turns, then padding. Row 1: plain text."""
+    prompt, answer = False, True
+    first = [prompt] * 4 + [answer] * 7
+    second = [prompt] * 2 + [answer] * 3 + [prompt] * 2 + [answer] * 3 + [prompt]
+    length = len(first) + len(second) + 3
+    tokens = np.random.default_rng(7).integers(0, MASK, (2, length))
+    tokens[0, 1] = MASK  # a prompt may hold the MASK id
+    tokens[0, -3:] = 0
+    return Batch(
+        tokens=tokens.astype(np.int32),
+        segment_ids=np.array([[1] * len(first) + [2] * len(second) + [0] * 3, [1] * length], np.int32),
+        positions=np.array([[*range(len(first)), *range(len(second)), 0, 0, 0], [*range(length)]], np.int32),
+        is_response=np.array([first + second + [False] * 3, [True] * length]),
+        block_phase=np.array([[7] * len(first) + [4] * len(second) + [0] * 3, [11] * length], np.int32)
+        * np.int32(phase),
+    )
+
+
+def settings(block_length=3, **changes):
+    return ObjectiveSettings(block_length=block_length, **changes)
+
+
+@functools.cache
+def dense_layout(block_length, label_rows, phase=True):
+    """Mask [B, 2L, 2L], labels and scored rows: the definition's sentences as plain loops."""
+    batch = packed_batch(phase)
+    num_rows, length = batch.tokens.shape
+    mask = np.zeros((num_rows, 2 * length, 2 * length), bool)
+    labels = np.full((num_rows, length), -1)
+    noisy_scored = np.zeros((num_rows, length), bool)
+    clean_scored = np.zeros((num_rows, length), bool)
+    for b in range(num_rows):
+        for i in range(length):
+            document = int(batch.segment_ids[b, i])
+            if document == 0:
+                continue
+            offset = int(batch.block_phase[b, i]) % block_length
+            at = int(batch.positions[b, i])
+            block = (at + offset) // block_length
+            for j in range(length):
+                if batch.segment_ids[b, j] != document:
+                    continue
+                other = int(batch.positions[b, j])
+                other_block = (other + offset) // block_length
+                mask[b, length + i, length + j] = other <= at
+                mask[b, i, length + j] = other_block < block
+                mask[b, i, j] = other_block == block and other <= at
+            if i + 1 == length or batch.segment_ids[b, i + 1] != document:
+                continue
+            labels[b, i] = batch.tokens[b, i + 1]
+            here, following = batch.is_response[b, i], batch.is_response[b, i + 1]
+            clean_scored[b, i] = following
+            noisy_scored[b, i] = {
+                LabelRows.MASK_ROWS: here and following,
+                LabelRows.OFFICIAL: here,
+                LabelRows.AUTOMODEL: following,
+            }[label_rows]
+    return mask, labels, noisy_scored, clean_scored
+
+
+def dense_hidden(module, mask, phase=True):
+    batch = packed_batch(phase)
+    noisy = np.where(batch.is_response, MASK, batch.tokens).astype(np.int32)
+    gate = np.concatenate([batch.is_response, np.zeros_like(batch.is_response)], axis=1)
+    hidden, _ = module.hidden_states(
+        jnp.asarray(np.concatenate([noisy, batch.tokens], axis=1)),
+        jnp.asarray(np.concatenate([batch.positions, batch.positions], axis=1)),
+        causal_attend(jnp.asarray(mask)),
+        lora_gate=jnp.asarray(gate) if module.config.lora else None,
+    )
+    return hidden
+
+
+def dense_terms(module, block_length, label_rows=LabelRows.MASK_ROWS, phase=True):
+    """CE_noisy and CE_clean from materialised logits."""
+    mask, labels, *scored = dense_layout(block_length, label_rows, phase)
+    log_probs = jax.nn.log_softmax(module.logits(dense_hidden(module, mask, phase)))
+    halves = jnp.split(log_probs, 2, axis=1)
+    means = []
+    for half, rows in zip(halves, scored, strict=True):
+        b, i = np.nonzero(rows)
+        means.append(-jnp.mean(half[b, i, jnp.asarray(labels[b, i])]))
+    return tuple(means)
+
+
+def with_random_adapter(module):
+    """The same base with an adapter whose B is not zero."""
+    adapted = tiny_module(lora=LORA)
+    nnx.update(adapted, nnx.state(module, nnx.Not(nnx.LoRAParam)))
+    adapter = nnx.state(adapted, nnx.LoRAParam)
+    leaves, tree = jax.tree.flatten(adapter)
+    random = np.random.default_rng(3)
+    leaves = [jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
+    nnx.update(adapted, jax.tree.unflatten(tree, leaves))
+    return adapted
+
+
+def jitted(function, module):
+    """`function(module)`, compiled once instead of operation by operation."""
+    graph, params = nnx.split(module)
+    return jax.jit(lambda params: function(nnx.merge(graph, params)))(params)
+
+
+def value_and_grads(loss_of, module, *, wrt=nnx.Param, has_aux=False):
+    """Loss and gradients with respect to one kind of parameter, compiled."""
+    graph, trained, rest = nnx.split(module, wrt, ...)
+    grad = jax.value_and_grad(lambda trained: loss_of(nnx.merge(graph, trained, rest)), has_aux=has_aux)
+    return jax.jit(grad)(trained)
+
+
+def largest_difference(left, right):
+    return max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
+
+
+@pytest.mark.parametrize("label_rows", LabelRows)
+@pytest.mark.parametrize("block_length", [1, 2, 3, 5])
+def test_scored_rows_and_labels_equal_the_definition(block_length, label_rows):
+    _, labels, noisy_scored, clean_scored = dense_layout(block_length, label_rows)
+    layout = lay_out(packed_batch(), settings(block_length, label_rows=label_rows))
+    np.testing.assert_array_equal(layout.is_noisy_scored, noisy_scored)
+    np.testing.assert_array_equal(layout.is_clean_scored, clean_scored)
+    has_label = labels >= 0
+    np.testing.assert_array_equal(np.asarray(layout.labels)[has_label], labels[has_label])
+
+
+def test_label_rows_differ_as_their_names_say():
+    layouts = {rows: lay_out(packed_batch(), settings(label_rows=rows)) for rows in LabelRows}
+    noisy = {rows: np.asarray(layout.is_noisy_scored)[0] for rows, layout in layouts.items()}
+    default = noisy[LabelRows.MASK_ROWS]
+    # Row 0's document ends after its answer, so it has none past it; the chat has one after each answer.
+    assert np.flatnonzero(noisy[LabelRows.OFFICIAL] & ~default).tolist() == [11 + 4, 11 + 9]
+    assert np.flatnonzero(noisy[LabelRows.AUTOMODEL] & ~default).tolist() == [3, 11 + 1, 11 + 6]
+
+
+@pytest.mark.parametrize(("block_length", "phase"), [(1, False), (2, True), (3, False), (3, True), (5, True)])
+def test_hidden_states_equal_the_dense_mask(block_length, phase):
+    mask, *_ = dense_layout(block_length, LabelRows.MASK_ROWS, phase)
+
+    def both(module):
+        layout = lay_out(packed_batch(phase), settings(block_length))
+        return objective.two_stream_hidden(module, layout), dense_hidden(module, mask, phase)
+
+    ours, expected = jitted(both, tiny_module())
+    is_real = np.tile(packed_batch().segment_ids != 0, (1, 2))
+    np.testing.assert_allclose(np.asarray(ours)[is_real], np.asarray(expected)[is_real], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("block_length", "label_rows", "auto_balance"),
+    [
+        (1, LabelRows.MASK_ROWS, False),
+        (2, LabelRows.OFFICIAL, False),
+        (5, LabelRows.AUTOMODEL, True),
+    ],
+)
+def test_loss_and_gradients_equal_the_dense_definition(block_length, label_rows, auto_balance):
+    module = tiny_module()
+    chosen = settings(block_length, clean_weight=0.3, auto_balance=auto_balance, label_rows=label_rows)
+
+    def dense_loss(module):
+        noisy, clean = dense_terms(module, block_length, label_rows)
+        return noisy + (jax.lax.stop_gradient(noisy / clean) if auto_balance else 0.3) * clean
+
+    ours, grads = value_and_grads(lambda module: introspective_loss(module, packed_batch(), chosen)[0], module)
+    expected, expected_grads = value_and_grads(dense_loss, module)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert largest_difference(grads, expected_grads) < 2e-5
+
+
+def test_every_term_is_reported_with_its_rows():
+    def both(module):
+        return introspective_loss(module, packed_batch(), settings(3)), dense_terms(module, 3)
+
+    (loss, metrics), (noisy, clean) = jitted(both, tiny_module())
+    np.testing.assert_allclose(metrics["ce_noisy"].mean, noisy, rtol=1e-5)
+    np.testing.assert_allclose(metrics["ce_clean"].mean, clean, rtol=1e-5)
+    np.testing.assert_allclose(loss, noisy + 0.2 * clean, rtol=1e-5)
+    assert metrics["alpha"].mean == np.float32(0.2)
+    depths = [metrics[f"ce_noisy/depth_{d}"] for d in range(3)]
+    assert "ce_noisy/depth_3" not in metrics
+    np.testing.assert_allclose(sum(depth.total for depth in depths), metrics["ce_noisy"].total, rtol=1e-5)
+    assert sum(depth.num_rows for depth in depths) == metrics["ce_noisy"].num_rows
+    assert all(depth.num_rows > 0 for depth in depths)
+
+
+def test_depth_counts_the_masks_a_row_has_before_itself_in_its_block():
+    for block_length in (1, 2, 3, 5):
+        mask, *_ = dense_layout(block_length, LabelRows.MASK_ROWS)
+        batch = packed_batch()
+        length = batch.tokens.shape[1]
+        seen = (mask[:, :length, :length] & batch.is_response[:, None]).sum(-1) - 1
+        layout = lay_out(batch, settings(block_length))
+        np.testing.assert_array_equal(np.asarray(layout.depth)[batch.is_response], seen[batch.is_response])
+
+
+def test_micro_batches_add_up_to_the_step():
+    chosen = settings(3)
+    parts = [Batch(*(array[i : i + 1] for array in packed_batch())) for i in range(2)]
+    counts = [lay_out(part, chosen).count_rows() for part in parts]
+    assert counts[0] != counts[1]
+    step_counts = RowCounts(counts[0].noisy + counts[1].noisy, counts[0].clean + counts[1].clean)
+
+    def whole(module):
+        return introspective_loss(module, packed_batch(), chosen)[0]
+
+    def in_parts(module):
+        return sum(introspective_loss(module, part, chosen, step_counts)[0] for part in parts)
+
+    expected, expected_grads = value_and_grads(whole, tiny_module())
+    ours, grads = value_and_grads(in_parts, tiny_module())
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert largest_difference(grads, expected_grads) < 1e-5
+
+
+def test_autoregressive_loss_is_the_clean_term():
+    def both(module):
+        return introspective_loss(module, packed_batch(), settings(3))[1], ar_loss(module, packed_batch())
+
+    metrics, (loss, ar_metrics) = jitted(both, tiny_module())
+    np.testing.assert_allclose(loss, metrics["ce_clean"].mean, rtol=1e-5)
+    assert ar_metrics["ce_clean"].num_rows == metrics["ce_clean"].num_rows
+
+
+@pytest.mark.parametrize(("block_length", "with_lora"), [(1, False), (4, False), (4, True)])
+def test_a_noisy_row_is_what_decoding_sees_for_that_draft(block_length, with_lora):
+    """Noisy row i = row i of a causal forward over [x_0 before the block, x_t from the block on]."""
+    length, prompt_len = 9, 3
+    tokens = np.random.default_rng(1).integers(0, MASK, (1, length)).astype(np.int32)
+    positions = np.arange(length, dtype=np.int32)[None]
+    is_response = positions >= prompt_len
+    batch = Batch(tokens, np.ones_like(positions), positions, is_response, np.zeros_like(positions))
+    # One causal sequence per noisy row; what follows row i is the rest of that forward, invisible to it.
+    start = positions[0, prompt_len:, None] // block_length * block_length
+    gate = is_response & (positions >= start)
+    sequences = np.where(gate, MASK, tokens).astype(np.int32)
+
+    def both(module):
+        noisy = objective.two_stream_hidden(module, lay_out(batch, settings(block_length)))
+        decoded, _ = module.hidden_states(
+            jnp.asarray(sequences),
+            jnp.broadcast_to(positions, sequences.shape),
+            causal_attend(jnp.tril(jnp.ones((len(sequences), length, length), bool))),
+            lora_gate=jnp.asarray(gate) if with_lora else None,
+        )
+        return noisy, decoded
+
+    module = with_random_adapter(tiny_module()) if with_lora else tiny_module()
+    noisy, decoded = jitted(both, module)
+    for row, i in enumerate(range(prompt_len, length)):
+        np.testing.assert_allclose(noisy[0, i], decoded[row, i], atol=2e-5)
+
+
+def hidden_and_logits(module):
+    hidden = objective.two_stream_hidden(module, lay_out(packed_batch(phase=False), settings(3)))
+    return hidden, module.logits(hidden)
+
+
+def test_an_adapter_leaves_clean_rows_bitwise_the_base_and_changes_every_mask_row():
+    base = tiny_module()
+    length = packed_batch().tokens.shape[1]
+    for ours, expected in zip(
+        jitted(hidden_and_logits, with_random_adapter(base)), jitted(hidden_and_logits, base), strict=True
+    ):
+        np.testing.assert_array_equal(ours[:, length:], expected[:, length:])
+        change = np.abs(np.asarray(ours) - np.asarray(expected))[:, :length].max(-1)
+        assert (change[packed_batch().is_response] > 1e-3).all()
+
+
+def test_prompt_tokens_repeated_in_the_noisy_stream_are_not_gated():
+    base = tiny_module()
+    ours, _ = jitted(hidden_and_logits, with_random_adapter(base))
+    expected, _ = jitted(hidden_and_logits, base)
+    # The four prompt rows of the first document, one of which holds the MASK id as text.
+    np.testing.assert_array_equal(ours[0, :4], expected[0, :4])
+
+
+def test_lora_mode_trains_on_the_noisy_term_alone():
+    module = with_random_adapter(tiny_module())
+    chosen = settings(3, clean_weight=0.7)
+    (ours, metrics), grads = value_and_grads(
+        lambda module: introspective_loss(module, packed_batch(), chosen),
+        module,
+        wrt=nnx.LoRAParam,
+        has_aux=True,
+    )
+    (expected, clean), expected_grads = value_and_grads(
+        lambda module: dense_terms(module, 3), module, wrt=nnx.LoRAParam, has_aux=True
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert largest_difference(grads, expected_grads) < 2e-5
+    np.testing.assert_allclose(metrics["ce_clean"].mean, clean, rtol=1e-5)
+    assert metrics["alpha"].mean == 0
+
+
+def test_the_clean_term_has_no_gradient_for_the_adapter():
+    module = with_random_adapter(tiny_module())
+    # By the dense definition, which stops no gradient: the zeros come from the gate, not from stop_gradient.
+    _, grads = value_and_grads(lambda module: dense_terms(module, 3)[1], module, wrt=nnx.LoRAParam)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+def test_lora_mode_spends_no_head_product_on_clean_rows_going_back(monkeypatch):
+    seen = []
+
+    def record(_, loss_bar):
+        jax.debug.callback(seen.append, loss_bar)
+        return (loss_bar,)
+
+    def spied(hidden, weight, labels, row_weights):
+        @jax.custom_vjp
+        def watch(loss):
+            return loss
+
+        watch.defvjp(lambda loss: (loss, None), lambda _, bar: (jax.debug.callback(seen.append, bar), (bar,))[1])
+        loss, lse = linear_cross_entropy(hidden, weight, labels, row_weights)
+        return watch(loss), lse
+
+    monkeypatch.setattr(objective, "linear_cross_entropy", spied)
+    module, batch = with_random_adapter(tiny_module()), packed_batch()
+    value_and_grads(lambda module: introspective_loss(module, batch, settings(3))[0], module, wrt=nnx.LoRAParam)
+    jax.effects_barrier()
+    noisy, clean = np.split(np.asarray(seen[0]).reshape(2, -1), 2, axis=1)
+    assert noisy.any() and not clean.any()
+
+
+@pytest.mark.parametrize("tile_rows", [7, 512])
+def test_acceptance_equals_materialised_distributions(tile_rows):
+    module, block_length = tiny_module(), 3
+    mask, labels, scored, _ = dense_layout(block_length, LabelRows.MASK_ROWS)
+    noisy, clean = np.split(np.asarray(module.logits(dense_hidden(module, mask)), np.float64), 2, axis=1)
+    length = labels.shape[1]
+    depth = (mask[:, :length, :length] & packed_batch().is_response[:, None]).sum(-1) - 1
+    rows = {}
+    for b, i in zip(*np.nonzero(scored), strict=True):
+        z = {"q": noisy[b, i], "p": clean[b, i]}
+        full = {name: np.exp(x) / np.exp(x).sum() for name, x in z.items()}
+        p, q = (np.delete(full[name], MASK) / np.delete(full[name], MASK).sum() for name in "pq")
+        for name, value in {
+            "acceptance": np.minimum(p, q).sum(),
+            "greedy_acceptance": float(p.argmax() == q.argmax()),
+            "argmax_acceptance": p[q.argmax()],
+            "ce_noisy": -np.log(full["q"][labels[b, i]]),
+            "ce_clean": -np.log(full["p"][labels[b, i]]),
+        }.items():
+            rows.setdefault(name, []).append(value)
+            rows.setdefault(f"{name}/depth_{depth[b, i]}", []).append(value)
+    other_rows = settings(block_length, label_rows=LabelRows.OFFICIAL)
+    metrics = jax.jit(lambda: measure_acceptance(module, packed_batch(), other_rows, tile_rows=tile_rows))()
+    assert metrics.keys() == rows.keys()
+    for name, values in rows.items():
+        assert metrics[name].num_rows == len(values)
+        np.testing.assert_allclose(metrics[name].mean, np.mean(values), rtol=1e-4, atol=1e-6)
+
+
+def test_acceptance_never_holds_the_logits_of_all_rows():
+    module = tiny_module(vocab_size=4001)
+    batch = Batch(*(np.tile(array, (128, 1)) for array in packed_batch()))
+    jitted = jax.jit(lambda: measure_acceptance(module, batch, settings(3), tile_rows=32))
+    # 6,400 rows of one stream: 102 MB if materialised.
+    assert jitted.lower().compile().memory_analysis().temp_size_in_bytes < 0.5 * batch.tokens.size * 4001 * 4
+
+
+@pytest.mark.parametrize("block_length", [0, 16])
+def test_a_block_length_outside_the_strides_is_refused(block_length):
+    with pytest.raises(ValueError, match=rf"block_length={block_length} must be in 1..15"):
+        settings(block_length)
+
+
+def test_a_negative_or_infinite_clean_weight_is_refused():
+    for weight in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="clean_weight"):
+            settings(clean_weight=weight)
+
+
+def test_a_model_without_a_mask_id_is_refused():
+    with pytest.raises(ValueError, match="mask_token_id is None"):
+        introspective_loss(tiny_module(mask_token_id=None), packed_batch(), settings())
+
+
+def test_a_batch_of_nothing_but_padding_has_zero_loss_and_finite_gradients():
+    batch = Batch(*(np.zeros_like(array) for array in packed_batch()))
+    for auto_balance in (False, True):
+        chosen = dataclasses.replace(settings(3), auto_balance=auto_balance)
+        loss, grads = value_and_grads(lambda m, c=chosen: introspective_loss(m, batch, c)[0], tiny_module())
+        assert loss == 0
+        assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_one_batch_can_be_learned_by_heart(with_lora):
+    batch = packed_batch()
+    module = with_random_adapter(tiny_module()) if with_lora else tiny_module()
+    graph, trained, rest = nnx.split(module, nnx.LoRAParam if with_lora else nnx.Param, ...)
+    optimizer = optax.adam(1e-2)
+    chosen = settings(2, auto_balance=True)
+
+    @jax.jit
+    def step(trained, state):
+        def loss_of(trained):
+            return introspective_loss(nnx.merge(graph, trained, rest), batch, chosen)
+
+        (_, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        # Adam's bias correction mixes a float32 with an int32 step count.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, metrics
+
+    state, history = optimizer.init(trained), []
+    for _ in range(40):
+        trained, state, metrics = step(trained, state)
+        history.append({name: float(metrics[name].mean) for name in ("ce_noisy", "ce_clean")})
+    if with_lora:
+        # The frozen head's rows have a norm of about 0.11: no logit exceeds 0.65, which bounds the fall.
+        assert history[-1]["ce_noisy"] < history[0]["ce_noisy"] - 0.2
+        assert history[-1]["ce_clean"] == history[0]["ce_clean"]
+    else:
+        assert history[-1]["ce_noisy"] < 0.35 * history[0]["ce_noisy"]
+        assert history[-1]["ce_clean"] < 0.35 * history[0]["ce_clean"]
