@@ -20,7 +20,7 @@ from tests.support.tiny_model import randomize_adapter, sharpen, tiny_module
 FALSE_ALARM = 1e-5
 PROMPT = [1, 3, 0, 2]
 LENGTH = 4
-SAMPLES = 8192
+SAMPLES = 4096
 PLAIN = SamplingParams(max_tokens=LENGTH, temperature=1.0)
 FILTERED = SamplingParams(max_tokens=LENGTH, temperature=1.3, top_k=3, top_p=0.85)
 

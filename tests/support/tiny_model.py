@@ -1,9 +1,11 @@
 """Random models small enough for a test."""
 
 import dataclasses
+import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -29,7 +31,22 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_module(seed: int = 0, **changes: Any) -> Qwen3:
-    return Qwen3(tiny_config(**changes), rngs=nnx.Rngs(seed))
+    """Random parameters drawn by numpy: tracing the real initialisers would compile a program for each of them."""
+    module = nnx.eval_shape(lambda: Qwen3(tiny_config(**changes), rngs=nnx.Rngs(0)))
+
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-2].key if isinstance(path[-1], jax.tree_util.GetAttrKey) else path[-1].key
+        if name == "weight":  # norms
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name == "lora_b":  # a fresh adapter changes nothing
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        # Keyed by name, so that the base is the same with and without an adapter.
+        rng = np.random.default_rng([seed, zlib.crc32(jax.tree_util.keystr(path).encode())])
+        scale = 0.02 if name in ("embedding", "head") else float(np.prod(leaf.shape[1:-1])) ** -0.5
+        return jnp.asarray(rng.normal(scale=scale, size=leaf.shape), leaf.dtype)
+
+    graph, abstract = nnx.split(module)
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, abstract))
 
 
 def tiny_lm(seed: int = 0, **changes: Any) -> LanguageModel:
