@@ -1,0 +1,8 @@
+"""Hugging Face checkpoints and PEFT adapters, in and out."""
+
+from idlm_jax.weights.adapter import export_adapter, load_adapter
+from idlm_jax.weights.checkpoint import WeightsError
+from idlm_jax.weights.export import export_hf
+from idlm_jax.weights.load import load
+
+__all__ = ["WeightsError", "export_adapter", "export_hf", "load", "load_adapter"]

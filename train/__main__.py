@@ -1,0 +1,93 @@
+"""`python -m train CONFIG [key=value ...]`: one run from one YAML file; the same command again resumes it."""
+
+import argparse
+import signal
+import sys
+import textwrap
+from types import FrameType
+
+from train.config import ConfigError, describe_keys, load_config, to_yaml
+
+_INTRODUCTION = """\
+Train a model, or go on training it: the same command again resumes exactly where its last checkpoint is.
+
+  python -m train configs/tiny_ar_cpu.yaml                        next-token pretraining of a tiny model
+  python -m train configs/tiny_introspective_cpu.yaml             turns it into a diffusion model
+  python -m train configs/tiny_ar_cpu.yaml steps=50 run_name=try  any key of the file can be overridden
+  python -m train configs/tiny_ar_cpu.yaml --print-config         what would run, and nothing else
+
+A run's folder, <output_dir>/<run_name>, receives config.yaml, metrics.jsonl, tb/ (TensorBoard),
+checkpoints/ and, at the end, hf/ (a Hugging Face folder) or adapter/ (PEFT files, with lora). SIGTERM or
+Ctrl-C saves first.
+"""
+_EXIT_CODES = (
+    "Exit codes: 0 finished; 1 failed or diverged; 2 wrong config; 128+signal saved and stopped on a signal."
+)
+
+
+class _StopFlag:
+    """Remembers the first SIGTERM or SIGINT; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step; once more to stop at once", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses the command line, trains, and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description=_INTRODUCTION,
+        epilog=_help_on_keys() + "\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="learning_rate=1e-5, lora.rank=16, lora=null"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint and exit")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        # Imported late: a mistake in the config is answered before JAX is loaded.
+        from train.loop import export_latest, run_training
+        from train.metrics import TrainingDiverged
+
+        if options.export_only:
+            export_latest(config)
+            return 0
+        stop = _StopFlag()
+        try:
+            result = run_training(config, should_stop=lambda: stop.signal_number != 0)
+        except TrainingDiverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0 if result.is_finished else 128 + stop.signal_number
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _help_on_keys() -> str:
+    lines = ["keys of CONFIG:"]
+    for name, kind, default, text in describe_keys():
+        default = default if default == "required" else f"default {default}"
+        lines += textwrap.wrap(
+            f"{name}  {text} ({kind}; {default})", 108, initial_indent="  ", subsequent_indent=" " * 8
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

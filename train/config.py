@@ -1,0 +1,307 @@
+"""What a run is: frozen dataclasses filled from one YAML file plus `key=value` overrides, mistakes named.
+
+OmegaConf reads (it takes 1e-5 for a number, which PyYAML does not), pydantic checks types and ranges, and an
+unknown key is answered with the nearest valid one. `python -m train --help` is generated from this file.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
+
+# The official code's names for two keys; accepted on the way in, never written out.
+ALIASES = {"ce_alpha": "clean_loss_weight", "loss_auto_balance": "auto_balance"}
+
+Count = Annotated[int, Field(ge=1)]
+_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """The file or an override is wrong; the message names the key, what was given and what is allowed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreshModel:
+    """Shape of a Qwen3 that starts from random parameters; read only when `init_from` is null."""
+
+    __pydantic_config__ = _STRICT
+
+    vocab_size: Annotated[int, Field(ge=1, description="rows of the embedding; at least the tokenizer's")]
+    hidden_size: Annotated[int, Field(ge=1, description="model width")]
+    num_layers: Annotated[int, Field(ge=1, description="decoder blocks")]
+    num_heads: Annotated[int, Field(ge=1, description="query heads")]
+    num_kv_heads: Annotated[int, Field(ge=1, description="key/value heads; divides num_heads")]
+    head_dim: Annotated[int, Field(ge=2, description="width of one head; even")]
+    mlp_size: Annotated[int, Field(ge=1, description="width of the gated MLP")]
+    tie_embeddings: Annotated[bool, Field(description="the output head is the embedding")] = True
+    rope_theta: Annotated[float, Field(gt=0, description="base of the rotary frequencies")] = 1_000_000.0
+    max_position: Annotated[int, Field(ge=1, description="longest sequence the exported config claims")] = (
+        4096
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A gated adapter (R-ISD): the base is frozen, and the adapter acts on MASK rows only."""
+
+    __pydantic_config__ = _STRICT
+
+    rank: Annotated[int, Field(ge=1, description="inner width of the two factors")] = 128
+    alpha: Annotated[
+        float, Field(gt=0, description="scale numerator; the update is alpha / rank * (x A) B")
+    ] = 128.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetBuild:
+    """What the dataset folder is built from: the fields of `train.data.DatasetSettings`, with their help."""
+
+    __pydantic_config__ = _STRICT
+
+    roots: Annotated[
+        tuple[str, ...],
+        Field(description="folders or files of text or chat JSONL; empty: Python's standard library"),
+    ] = ()
+    max_seq_len: Annotated[int, Field(ge=2, description="tokens of one packed row")] = 256
+    vocab_size: Annotated[
+        int | None, Field(description="train a tokenizer of this size; or give tokenizer")
+    ] = None
+    tokenizer: Annotated[str | None, Field(description="folder of an existing tokenizer to reuse")] = None
+    heldout_fraction: Annotated[float, Field(gt=0, le=0.5, description="share of documents held out")] = 0.03
+    excluded_folders: Annotated[
+        tuple[str, ...], Field(description="folder names passed over at any depth")
+    ] = (
+        "idle_test",
+        "idlelib",
+        "test",
+        "tests",
+    )
+    max_file_bytes: Annotated[int, Field(ge=1, description="larger text files are skipped")] = 1_000_000
+    seed: Annotated[int, Field(ge=0, description="order of packing")] = 0
+
+    def __post_init__(self) -> None:
+        if (self.vocab_size is None) == (self.tokenizer is None):
+            raise ValueError("give exactly one of vocab_size (train a tokenizer) and tokenizer (reuse one)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Where the packed rows are."""
+
+    __pydantic_config__ = _STRICT
+
+    path: Annotated[str, Field(min_length=1, description="folder written by `python -m train.data build`")]
+    build: Annotated[
+        DatasetBuild | None,
+        Field(description="built when absent, checked when there; null: it must be there"),
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. `<output_dir>/<run_name>` is its folder; the same command run again resumes there."""
+
+    __pydantic_config__ = _STRICT
+
+    run_name: Annotated[
+        str, Field(min_length=1, pattern=r"^[\w.-]+$", description="name of the run's folder")
+    ]
+    output_dir: Annotated[str, Field(description="parent of all run folders")] = "runs"
+    objective: Annotated[
+        Literal["ar", "introspective"],
+        Field(description="ar: next token; introspective: CE_noisy + clean_loss_weight * CE_clean"),
+    ] = "introspective"
+    init_from: Annotated[str | None, Field(description="Hugging Face folder or hub id to start from")] = None
+    model: Annotated[FreshModel | None, Field(description="or the shape of a model that starts random")] = (
+        None
+    )
+    lora: Annotated[Lora | None, Field(description="train a gated adapter; null trains every parameter")] = (
+        None
+    )
+    dataset: Annotated[Dataset, Field(description="packed rows")]
+
+    block_length: Annotated[
+        int, Field(ge=1, le=15, description="MASKs per block: the largest stride that will run, minus one")
+    ] = 3
+    mask_token_id: Annotated[
+        int | None,
+        Field(ge=0, description="id fed at MASK positions; null: the checkpoint's or tokenizer's own"),
+    ] = None
+    clean_loss_weight: Annotated[float, Field(ge=0, description="alpha; also ce_alpha")] = 0.2
+    auto_balance: Annotated[
+        bool, Field(description="alpha = stop_gradient(CE_noisy / CE_clean) instead; also loss_auto_balance")
+    ] = False
+    label_rows: Annotated[
+        Literal["mask_rows", "official", "automodel"], Field(description="which noisy rows carry a label")
+    ] = "mask_rows"
+    random_block_phase: Annotated[
+        bool, Field(description="shift each document's block grid at random: every token at every depth")
+    ] = False
+
+    steps: Annotated[int, Field(ge=1, description="optimizer steps of the whole run")]
+    batch_size: Annotated[int, Field(ge=1, description="packed rows per optimizer step, over all devices")]
+    gradient_accumulation_steps: Annotated[
+        int, Field(ge=1, description="parts a batch is cut into, to save memory; divides batch_size")
+    ] = 1
+    learning_rate: Annotated[float, Field(gt=0, description="peak")] = 1e-5
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1, description="share of steps with a rising rate")] = 0.03
+    clip_norm: Annotated[float, Field(gt=0, description="largest global gradient norm")] = 1.0
+    weight_decay: Annotated[float, Field(ge=0, description="AdamW; norm weights are left out")] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1, description="decay of the first moment")] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")] = 0.95
+    adam_epsilon: Annotated[float, Field(gt=0, description="added to the denominator")] = 1e-8
+
+    save_every: Annotated[
+        int, Field(ge=1, description="steps between checkpoints; the last step always saves")
+    ] = 500
+    keep: Annotated[int, Field(ge=1, description="newest checkpoints kept")] = 2
+    eval_every: Annotated[
+        int, Field(ge=0, description="steps between evaluations; 0: only after the last")
+    ] = 500
+    eval_batches: Annotated[int, Field(ge=0, description="held-out batches of one evaluation; 0: none")] = 8
+    log_every: Annotated[int, Field(ge=1, description="steps between two lines of metrics")] = 10
+
+    param_dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        Field(description="of the frozen base under lora; trained parameters are always float32"),
+    ] = "float32"
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of matrix products")] = (
+        "float32"
+    )
+    remat: Annotated[
+        Literal["none", "full", "dots"],
+        Field(description="recomputed in the backward pass: less memory, more time"),
+    ] = "none"
+    seed: Annotated[
+        int, Field(ge=0, lt=2**31, description="initial parameters, order of rows, block phases")
+    ] = 0
+
+    def __post_init__(self) -> None:
+        if (self.init_from is None) == (self.model is None):
+            raise ValueError(
+                "give exactly one of init_from (a checkpoint) and model (the shape of a fresh one)"
+            )
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+        if self.lora and self.objective == "ar":
+            raise ValueError(
+                "lora needs objective=introspective: the adapter acts on MASK rows, and ar has none"
+            )
+        if self.lora and self.init_from is None:
+            raise ValueError("lora needs init_from: an adapter is of no use without its base checkpoint")
+        if self.param_dtype == "bfloat16" and not self.lora:
+            raise ValueError(
+                "param_dtype=bfloat16 without lora would round away small updates; keep float32 parameters "
+                "and set compute_dtype=bfloat16"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.run_name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file and applies `key=value` or `key.sub=value` overrides, the last one winning.
+
+    Raises:
+        ConfigError: the file is absent or unreadable, an override has no "=", or a key or value is wrong.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+    try:
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"{path}: expected `key: value` lines, found a list")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except FileNotFoundError:
+        raise ConfigError(f"no such file: {path}") from None
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    assert isinstance(values, dict)  # merging a dict gives a dict
+    return config_from_mapping({str(key): value for key, value in values.items()})
+
+
+def config_from_mapping(values: Mapping[str, Any]) -> TrainConfig:
+    """Builds a validated config from plain nested values.
+
+    Raises:
+        ConfigError: every unknown key (with the nearest valid name), wrong type and wrong value, a line each.
+    """
+    values = dict(values)
+    for alias, name in ALIASES.items():
+        if alias in values:
+            if name in values:
+                raise ConfigError(f"{alias} is another name of {name}: give only one of them")
+            values[name] = values.pop(alias)
+    try:
+        return pydantic.TypeAdapter(TrainConfig).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved config; `load_config` reads it back to an equal one."""
+    return OmegaConf.to_yaml(
+        OmegaConf.create(pydantic.TypeAdapter(TrainConfig).dump_python(config, mode="json"))
+    )
+
+
+def describe_keys() -> Iterator[tuple[str, str, str, str]]:
+    """Every key as (dotted name, type, default or "required", help), in the order of this file."""
+    yield from _describe(TrainConfig, "")
+
+
+def _describe(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        hint, *annotations = typing.get_args(hints[field.name])
+        default = "required" if field.default is dataclasses.MISSING else json.dumps(field.default).strip('"')
+        help_text = next((item.description for item in annotations if item.description), "")
+        yield prefix + field.name, _type_name(hint), default, help_text
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                yield from _describe(part, f"{prefix}{field.name}.")
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "|".join(typing.get_args(hint))
+    parts = [part for part in typing.get_args(hint) if part is not Ellipsis]
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_type_name(parts[0])}"
+    if parts:
+        return "|".join(_type_name(part) for part in parts)
+    if dataclasses.is_dataclass(hint):
+        return "section"
+    return "null" if hint is type(None) else hint.__name__
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as a line for people."""
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [key for key, *_ in describe_keys()]
+        near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
+        return f"unknown key {name!r}" + (
+            f"; did you mean {near[0]!r}?" if near else "; see --help for all keys"
+        )
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{name}: required, and not given"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"{name}={error['input']!r}: {message[0].lower()}{message[1:]}"

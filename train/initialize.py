@@ -1,0 +1,123 @@
+"""Where a run starts: a model, fresh or from a checkpoint, split into what is trained and what is frozen."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from transformers import PreTrainedTokenizerBase
+
+from idlm_jax.config import LoraConfig, ModelConfig
+from idlm_jax.model.language_model import LanguageModel
+from idlm_jax.model.transformer import Qwen3
+from idlm_jax.weights import load
+from train.config import FreshModel, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StartingPoint:
+    """A model about to be trained.
+
+    Attributes:
+        graph: static half of the split module, adapter included.
+        trainable: every parameter, or in LoRA mode the adapter's factors alone; always float32.
+        frozen: the base parameters in LoRA mode, else empty.
+        tokenizer: the dataset's tokenizer, exported with the model.
+        hf_config: `config.json` of the checkpoint that training starts from; empty for a fresh model.
+    """
+
+    graph: nnx.GraphDef[Qwen3]
+    trainable: nnx.State
+    frozen: nnx.State
+    tokenizer: PreTrainedTokenizerBase
+    hf_config: dict[str, Any]
+
+    @property
+    def config(self) -> ModelConfig:
+        return nnx.merge(self.graph, self.trainable, self.frozen).config
+
+    def language_model(self, trainable: nnx.State, frozen: nnx.State) -> LanguageModel:
+        """The model with other arrays, for evaluation and export."""
+        graph, params = nnx.split(nnx.merge(self.graph, trainable, frozen))
+        return LanguageModel(graph, params, self.tokenizer, self.hf_config)
+
+
+def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> StartingPoint:
+    """Builds the model that a run starts from.
+
+    Fresh parameters and adapter factors are drawn from `config.seed`; the same seed gives the same bits.
+
+    Raises:
+        ValueError: the checkpoint's tokenizer is not the dataset's, no MASK id is known for the introspective
+            objective, or the vocabulary is too small for the tokenizer.
+    """
+    if config.model is not None:
+        loaded, hf_config = None, {}
+        model_config = _fresh_config(config.model, tokenizer)
+    else:
+        assert config.init_from is not None  # TrainConfig admits exactly one of the two
+        loaded = load(config.init_from, dtype=config.param_dtype, mask_token_id=config.mask_token_id)
+        hf_config = dict(loaded.hf_config)
+        model_config = loaded.config
+        _check_same_tokenizer(config.init_from, loaded.tokenizer, tokenizer)
+    mask_token_id = next(
+        (
+            known
+            for known in (config.mask_token_id, model_config.mask_token_id, tokenizer.mask_token_id)
+            if known is not None
+        ),
+        None,
+    )
+    if mask_token_id is None and config.objective == "introspective":
+        raise ValueError(
+            "no MASK id: give mask_token_id, a checkpoint that names one, or a tokenizer with a mask token"
+        )
+    model_config = dataclasses.replace(
+        model_config,
+        mask_token_id=mask_token_id,
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        lora=LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha) if config.lora else None,
+    )
+    kind = nnx.LoRAParam if config.lora else nnx.Param
+
+    def draw() -> Qwen3:
+        return Qwen3(model_config, rngs=nnx.Rngs(config.seed))
+
+    @jax.jit
+    def draw_trainable() -> nnx.State:
+        # XLA drops what is not returned, so an adapter is drawn without drawing a base for it.
+        return jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(draw(), kind))
+
+    graph, _, abstract_frozen = nnx.split(nnx.eval_shape(draw), kind, ...)
+    if loaded is None:
+        trainable, frozen = draw_trainable(), abstract_frozen
+    elif config.lora:
+        trainable, frozen = draw_trainable(), loaded.params
+    else:
+        trainable, frozen = loaded.params, abstract_frozen
+    return StartingPoint(graph, trainable, frozen, tokenizer, hf_config)
+
+
+def _fresh_config(model: FreshModel, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    if model.vocab_size < len(tokenizer):
+        raise ValueError(f"{model.vocab_size=} is smaller than the tokenizer's {len(tokenizer)} tokens")
+    eos = tokenizer.eos_token_id
+    return ModelConfig(**dataclasses.asdict(model), eos_token_ids=(eos,) if isinstance(eos, int) else ())
+
+
+def _check_same_tokenizer(
+    folder: str, of_model: PreTrainedTokenizerBase | None, of_dataset: PreTrainedTokenizerBase
+) -> None:
+    if of_model is None:
+        return
+    ours, theirs = of_model.get_vocab(), of_dataset.get_vocab()
+    different = {token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)}
+    # The MASK token may have been added on one side only: it never occurs in text.
+    if different - {str(of_model.mask_token), str(of_dataset.mask_token)}:
+        raise ValueError(
+            f"init_from={folder!r} and the dataset use different tokenizers ({len(different)} tokens differ, "
+            f"{sorted(different)[0]!r} among them): rebuild the dataset with the checkpoint's tokenizer"
+        )

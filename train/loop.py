@@ -1,0 +1,271 @@
+"""The only training loop: data -> step -> metrics -> checkpoint -> export, resumable at any step."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from transformers import AutoTokenizer
+
+from idlm_jax.weights import export_adapter, export_hf
+from train.batch import Batch
+from train.checkpoint import Checkpoints
+from train.config import ConfigError, TrainConfig, load_config, to_yaml
+from train.data import (
+    DatasetReport,
+    DatasetSettings,
+    build_dataset,
+    check_vocabulary,
+    heldout_batches,
+    make_train_iterator,
+    read_report,
+)
+from train.initialize import StartingPoint, initialize
+from train.metrics import MetricsLog, OnStep, StepReporter, format_eval
+from train.objective import Metrics
+from train.step import TrainState, init_state, make_eval_step, make_train_step
+
+Echo = Callable[[str], None]
+
+# What may differ when a run is resumed: nothing that changes a parameter.
+_FREE_KEYS = {"output_dir", "save_every", "keep", "eval_every", "eval_batches", "log_every"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimizer steps taken, over all sessions of the run.
+        is_finished: all planned steps are done and the model is exported; False after a requested stop.
+        export_dir: `hf` or `adapter` inside the run folder; None when not finished.
+        last_eval: results of this session's last evaluation; empty without one.
+    """
+
+    step: int
+    is_finished: bool
+    export_dir: Path | None
+    last_eval: Mapping[str, float]
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    on_step: OnStep | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    echo: Echo = print,
+) -> TrainResult:
+    """Trains, or goes on training, the run that `config` describes.
+
+    Everything lies in `config.run_dir`: `config.yaml`, `metrics.jsonl`, `tb/`, `checkpoints/<step>/`, and
+    at the end `hf/` (or `adapter/`). A run that was stopped or killed continues from its last checkpoint
+    and ends with the same bits as an uninterrupted one.
+
+    Args:
+        config: the run.
+        on_step: called after every step with its number, from 1, and its metrics.
+        should_stop: asked after every step; once it says True the run is saved and ends early.
+        echo: takes the lines meant for people.
+
+    Raises:
+        ConfigError: the run folder belongs to a run with other settings, or to a running process.
+        TrainingDiverged: a loss or gradient norm is NaN or infinite; the last checkpoint is from before.
+        ValueError: dataset, checkpoint and config do not fit together.
+    """
+    with _exclusive(config.run_dir), _open_checkpoints(config) as checkpoints:
+        report = _prepare_dataset(config)
+        start = _start(config, report)
+        data = make_train_iterator(
+            config.dataset.path,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            random_block_phase=config.random_block_phase,
+            vocab_size=start.config.vocab_size,
+        )
+        state = init_state(config, start.trainable, start.frozen)
+        done = checkpoints.latest_step
+        if done:
+            state = _restore(checkpoints, state, data)
+            echo(f"resuming {config.run_dir} after step {done}")
+        if done == config.steps:
+            return TrainResult(done, True, _export(config, start, state, echo, overwrite=False), {})
+
+        step_fn = jax.jit(make_train_step(start.graph, config), donate_argnums=0)
+        compiled = step_fn.lower(state, _blank_batch(config, report)).compile()
+        for line in _describe_plan(config, report, start, state, compiled.memory_analysis()):
+            echo(line)
+        evaluate = functools.partial(_evaluate, config, make_eval_step(start.graph, config))
+        last_eval: Mapping[str, float] = {}
+        with MetricsLog(config.run_dir, done) as log:
+            reporter = StepReporter(log, config, on_step, echo)
+            for step in range(done + 1, config.steps + 1):
+                state, metrics = compiled(state, jax.tree.map(jnp.asarray, next(data)))
+                reporter.push(step, metrics)
+                is_last, is_stopping = step == config.steps, should_stop()
+                if config.eval_batches and (is_last or (config.eval_every and step % config.eval_every == 0)):
+                    reporter.flush()
+                    last_eval = evaluate(state)
+                    log.write(step, "eval", last_eval)
+                    echo(format_eval(step, last_eval))
+                    reporter.restart_clock()
+                if is_last or is_stopping or checkpoints.is_due(step):
+                    # A checkpoint vouches for the steps before it: their metrics are checked and on disk
+                    # first.
+                    reporter.flush()
+                    log.sync()
+                    checkpoints.save(step, _saved(state), data)
+                    reporter.restart_clock()
+                if is_stopping and not is_last:
+                    checkpoints.wait()
+                    echo(f"stopped after step {step}, saved; the same command resumes")
+                    return TrainResult(step, False, None, last_eval)
+        checkpoints.wait()
+        return TrainResult(config.steps, True, _export(config, start, state, echo, overwrite=True), last_eval)
+
+
+def export_latest(config: TrainConfig, *, echo: Echo = print) -> Path:
+    """Exports the newest checkpoint of a run, finished or not.
+
+    Raises:
+        ConfigError: the run has no checkpoint, or the folder belongs to a run with other settings.
+    """
+    with _exclusive(config.run_dir), _open_checkpoints(config) as checkpoints:
+        if not checkpoints.latest_step:
+            raise ConfigError(f"{config.run_dir} holds no checkpoint to export")
+        start = _start(config, read_report(config.dataset.path))
+        state = _restore(checkpoints, init_state(config, start.trainable, start.frozen), None)
+        return _export(config, start, state, echo, overwrite=True)
+
+
+@contextlib.contextmanager
+def _exclusive(run_dir: Path) -> Iterator[None]:
+    """One process per run folder; the lock dies with the process, however that ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run_dir} is being trained by another process") from None
+        yield
+
+
+@contextlib.contextmanager
+def _open_checkpoints(config: TrainConfig) -> Iterator[Checkpoints]:
+    snapshot = config.run_dir / "config.yaml"
+    with Checkpoints(config.run_dir, save_every=config.save_every, keep=config.keep) as checkpoints:
+        if checkpoints.latest_step and snapshot.exists():
+            before, now = dataclasses.asdict(load_config(snapshot)), dataclasses.asdict(config)
+            changed = [key for key in now if key not in _FREE_KEYS and now[key] != before[key]]
+            if changed:
+                raise ConfigError(
+                    f"{config.run_dir} was trained for {checkpoints.latest_step} steps with "
+                    + ", ".join(f"{key}={before[key]!r} (now {now[key]!r})" for key in changed)
+                    + ": choose another run_name, or delete the folder"
+                )
+        snapshot.write_text(to_yaml(config), encoding="utf-8")
+        yield checkpoints
+
+
+def _prepare_dataset(config: TrainConfig) -> DatasetReport:
+    if config.dataset.build is None:
+        return read_report(config.dataset.path)
+    settings = DatasetSettings(**dataclasses.asdict(config.dataset.build))
+    return build_dataset(settings, config.dataset.path, show_progress=True)
+
+
+def _start(config: TrainConfig, report: DatasetReport) -> StartingPoint:
+    tokenizer = AutoTokenizer.from_pretrained(Path(config.dataset.path) / "tokenizer", local_files_only=True)
+    start = initialize(config, tokenizer)
+    check_vocabulary(config.dataset.path, start.config.vocab_size)
+    if report.settings.max_seq_len > start.config.max_position:
+        raise ValueError(
+            f"rows of {report.settings.max_seq_len} tokens exceed the model's {start.config.max_position=}"
+        )
+    return start
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    # The frozen base comes from `init_from` again: an adapter's checkpoint stays a few megabytes.
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def _restore(checkpoints: Checkpoints, state: TrainState, data: Any) -> TrainState:
+    return state._replace(**checkpoints.restore(_saved(state), data))
+
+
+def _blank_batch(config: TrainConfig, report: DatasetReport) -> Batch:
+    shape = (config.batch_size, report.settings.max_seq_len)
+    ints = jnp.zeros(shape, jnp.int32)
+    return Batch(ints, ints, ints, jnp.zeros(shape, jnp.bool_), ints)
+
+
+def _evaluate(
+    config: TrainConfig,
+    eval_step: Callable[..., Metrics],
+    state: TrainState,
+) -> dict[str, float]:
+    """Means over the held-out rows: `loss`, its terms, and acceptance by depth when introspective."""
+    total: Metrics | None = None
+    for batch in heldout_batches(config.dataset.path, config.batch_size, config.eval_batches):
+        terms = eval_step(state.params, state.frozen, batch)
+        total = terms if total is None else jax.tree.map(jnp.add, total, terms)
+    assert total is not None  # a dataset always has held-out rows, and eval_batches is positive
+    result = {name: float(term.mean) for name, term in total.items()}
+    loss = result["ce_clean"]
+    if config.objective == "introspective":
+        loss = result["ce_noisy"] + result["alpha"] * result["ce_clean"]
+    return {"loss": loss, **result}
+
+
+def _describe_plan(
+    config: TrainConfig, report: DatasetReport, start: StartingPoint, state: TrainState, memory: Any
+) -> Iterator[str]:
+    def count(tree: Any) -> int:
+        return sum(x.size for x in jax.tree.leaves(tree))
+
+    def megabytes(tree: Any) -> float:
+        return sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e6
+
+    row_len, num_trainable = report.settings.max_seq_len, count(state.params)
+    tokens = config.batch_size * row_len
+    epochs = config.steps * config.batch_size / report.train.rows
+    devices = jax.devices()
+    yield f"run        {config.run_name}: {config.objective}, in {config.run_dir}"
+    kind = f"{devices[0].device_kind} ({devices[0].platform})"
+    yield f"devices    {len(devices)} x {kind}; the run uses the first"
+    yield f"parameters {num_trainable + count(state.frozen):,}, of which {num_trainable:,} are trained"
+    yield (
+        f"memory     {megabytes((state.params, state.frozen)):,.0f} MB parameters, "
+        f"{megabytes(state.opt_state):,.0f} MB optimizer, "
+        f"{memory.temp_size_in_bytes / 1e6:,.0f} MB gradients and activations (from the compiled step)"
+    )
+    yield (
+        f"data       {report.train.rows:,} rows of {row_len} tokens, {report.train.fill:.1%} full; "
+        f"held out: {report.heldout.rows:,} rows"
+    )
+    yield (
+        f"plan       {config.steps:,} steps x {config.batch_size} rows = {config.steps * tokens:,} tokens "
+        f"({tokens:,} per step, {epochs:.2f} epochs)"
+        + (f", each MASK block {config.block_length} long" if config.objective == "introspective" else "")
+    )
+
+
+def _export(
+    config: TrainConfig, start: StartingPoint, state: TrainState, echo: Echo, *, overwrite: bool
+) -> Path:
+    lm = start.language_model(state.params, state.frozen)
+    folder = config.run_dir / ("adapter" if config.lora else "hf")
+    # Exports appear whole or not at all, so a folder that is there is complete.
+    if overwrite or not folder.exists():
+        if config.lora:
+            assert config.init_from is not None  # TrainConfig demands it of lora
+            export_adapter(lm, folder, base_model_name_or_path=config.init_from, overwrite=True)
+        else:
+            export_hf(lm, folder, overwrite=True)
+    echo(f"exported   {folder}")
+    return folder
