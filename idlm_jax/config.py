@@ -116,9 +116,7 @@ class ModelConfig:
         return self.num_layers * block + heads * self.vocab_size * self.hidden_size + self.hidden_size
 
 
-def from_hf_config(
-    hf: Mapping[str, Any], *, dtype: DType = "float32", mask_token_id: int | None = None
-) -> ModelConfig:
+def from_hf_config(hf: Mapping[str, Any], *, dtype: DType = "float32", mask_token_id: int | None = None) -> ModelConfig:
     """Reads the fields of a `config.json` that change the model; refuses what this model cannot compute.
 
     Args:

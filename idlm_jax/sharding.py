@@ -26,15 +26,11 @@ def param_spec(axes: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if len(axes) != len(shape):
         raise ValueError(f"{axes=} names {len(axes)} axes, but {shape=} has {len(shape)}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            f"{mesh.axis_types=} must all be Auto: pass axis_types=(AxisType.Auto, ...) to make_mesh"
-        )
+        raise ValueError(f"{mesh.axis_types=} must all be Auto: pass axis_types=(AxisType.Auto, ...) to make_mesh")
     wanted = [AXIS_TO_MESH.get(letter) for letter in axes]
     used = [name for name in wanted if name is not None]
     if len(set(used)) < len(used):
-        raise ValueError(
-            f"{axes=} would cut two axes over one mesh axis: {dict(zip(axes, wanted, strict=True))}"
-        )
+        raise ValueError(f"{axes=} would cut two axes over one mesh axis: {dict(zip(axes, wanted, strict=True))}")
     return PartitionSpec(
         *(
             name if name in mesh.shape and size % mesh.shape[name] == 0 else None

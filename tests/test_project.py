@@ -29,9 +29,7 @@ def source_files() -> list[Path]:
 def bare_block_sizes(source: str) -> list[int]:
     """Lines on which `block_size` is an identifier; strings (keys of official files) and comments are not."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [
-        token.start[0] for token in tokens if token.type == tokenize.NAME and token.string == "block_size"
-    ]
+    return [token.start[0] for token in tokens if token.type == tokenize.NAME and token.string == "block_size"]
 
 
 def test_files_stay_short():
@@ -65,9 +63,7 @@ def test_torch_is_imported_by_parity_tests_alone():
 def test_configs_say_what_they_are_for_and_avoid_block_size():
     for file in sorted((ROOT / "configs").rglob("*.yaml")):
         text = file.read_text()
-        assert re.match(r"# \S", text), (
-            f"{file.name}: the first line is a comment that says what the run is for"
-        )
+        assert re.match(r"# \S", text), f"{file.name}: the first line is a comment that says what the run is for"
         assert not re.search(r"^\s*block_size\s*:", text, re.MULTILINE), file.name
 
 
@@ -82,9 +78,7 @@ def direct_requirements(python: str) -> list[Requirement]:
 
 @pytest.mark.parametrize(("python", "file"), [("3.11", "py311.txt"), ("3.12", "py312.txt")])
 def test_every_direct_dependency_is_pinned_inside_its_range(python: str, file: str):
-    lines = [
-        line.partition("#")[0].strip() for line in (ROOT / "constraints" / file).read_text().splitlines()
-    ]
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints" / file).read_text().splitlines()]
     pinned = dict(line.split("==") for line in lines if line)
     pins = {canonicalize_name(name): version for name, version in pinned.items()}
     for requirement in direct_requirements(python):
@@ -102,9 +96,7 @@ def test_wheel_holds_exactly_the_two_packages(tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
-    expected = {
-        str(file.relative_to(ROOT)) for package in WHEEL_PACKAGES for file in (ROOT / package).rglob("*.py")
-    }
+    expected = {str(file.relative_to(ROOT)) for package in WHEEL_PACKAGES for file in (ROOT / package).rglob("*.py")}
     code = names - metadata
     assert {name.split("/")[0] for name in code} == set(WHEEL_PACKAGES)
     assert {name for name in code if name.endswith(".py")} == expected

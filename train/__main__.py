@@ -20,9 +20,7 @@ A run's folder, <output_dir>/<run_name>, receives config.yaml, metrics.jsonl, tb
 checkpoints/ and, at the end, hf/ (a Hugging Face folder) or adapter/ (PEFT files, with lora). SIGTERM or
 Ctrl-C saves first.
 """
-_EXIT_CODES = (
-    "Exit codes: 0 finished; 1 failed or diverged; 2 wrong config; 128+signal saved and stopped on a signal."
-)
+_EXIT_CODES = "Exit codes: 0 finished; 1 failed or diverged; 2 wrong config; 128+signal saved and stopped on a signal."
 
 
 class _StopFlag:
@@ -49,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="learning_rate=1e-5, lora.rank=16, lora=null"
-    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="learning_rate=1e-5, lora.rank=16, lora=null")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint and exit")
     options = parser.parse_intermixed_args(arguments)

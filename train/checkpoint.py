@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 State = TypeVar("State")
@@ -65,11 +66,29 @@ class Checkpoints:
             data: Grain iterator to move to the saved position; None leaves the position unread.
 
         Raises:
-            ValueError: the arrays on disk are not those of this run.
+            ValueError: the arrays on disk have other names or shapes; lists them.
         """
+        saved, wanted = _shapes(self._orbax.metadata().metadata), _shapes(like)
+        wrong = [
+            f"{name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if wrong:
+            raise ValueError(f"checkpoint {self.latest_step} is of another model:\n" + "\n".join(wrong))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        wanted = {"state": abstract} if data is None else {"state": abstract, "data": data}
-        return self._orbax.load_checkpointables(None, wanted)["state"]
+        parts = {"state": abstract} if data is None else {"state": abstract, "data": data}
+        return self._orbax.load_checkpointables(None, parts)["state"]
+
+    def read_arrays(self) -> dict[str, np.ndarray]:
+        """Every array of the newest checkpoint by name, on the host: for inspection and tests."""
+        one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_device),
+            self._orbax.metadata().metadata,
+        )
+        state = self._orbax.load_checkpointables(None, {"state": abstract})["state"]
+        return {_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
     def wait(self) -> None:
         """Blocks until the save in flight is on the disk."""
@@ -82,3 +101,12 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._orbax.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    # Orbax reads modules and tuples back as dicts and lists, so trees are compared by the names of their leaves.
+    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -44,9 +44,7 @@ class FreshModel:
     mlp_size: Annotated[int, Field(ge=1, description="width of the gated MLP")]
     tie_embeddings: Annotated[bool, Field(description="the output head is the embedding")] = True
     rope_theta: Annotated[float, Field(gt=0, description="base of the rotary frequencies")] = 1_000_000.0
-    max_position: Annotated[int, Field(ge=1, description="longest sequence the exported config claims")] = (
-        4096
-    )
+    max_position: Annotated[int, Field(ge=1, description="longest sequence the exported config claims")] = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +54,7 @@ class Lora:
     __pydantic_config__ = _STRICT
 
     rank: Annotated[int, Field(ge=1, description="inner width of the two factors")] = 128
-    alpha: Annotated[
-        float, Field(gt=0, description="scale numerator; the update is alpha / rank * (x A) B")
-    ] = 128.0
+    alpha: Annotated[float, Field(gt=0, description="scale numerator; the update is alpha / rank * (x A) B")] = 128.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,14 +68,10 @@ class DatasetBuild:
         Field(description="folders or files of text or chat JSONL; empty: Python's standard library"),
     ] = ()
     max_seq_len: Annotated[int, Field(ge=2, description="tokens of one packed row")] = 256
-    vocab_size: Annotated[
-        int | None, Field(description="train a tokenizer of this size; or give tokenizer")
-    ] = None
+    vocab_size: Annotated[int | None, Field(description="train a tokenizer of this size; or give tokenizer")] = None
     tokenizer: Annotated[str | None, Field(description="folder of an existing tokenizer to reuse")] = None
     heldout_fraction: Annotated[float, Field(gt=0, le=0.5, description="share of documents held out")] = 0.03
-    excluded_folders: Annotated[
-        tuple[str, ...], Field(description="folder names passed over at any depth")
-    ] = (
+    excluded_folders: Annotated[tuple[str, ...], Field(description="folder names passed over at any depth")] = (
         "idle_test",
         "idlelib",
         "test",
@@ -112,21 +104,15 @@ class TrainConfig:
 
     __pydantic_config__ = _STRICT
 
-    run_name: Annotated[
-        str, Field(min_length=1, pattern=r"^[\w.-]+$", description="name of the run's folder")
-    ]
+    run_name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$", description="name of the run's folder")]
     output_dir: Annotated[str, Field(description="parent of all run folders")] = "runs"
     objective: Annotated[
         Literal["ar", "introspective"],
         Field(description="ar: next token; introspective: CE_noisy + clean_loss_weight * CE_clean"),
     ] = "introspective"
     init_from: Annotated[str | None, Field(description="Hugging Face folder or hub id to start from")] = None
-    model: Annotated[FreshModel | None, Field(description="or the shape of a model that starts random")] = (
-        None
-    )
-    lora: Annotated[Lora | None, Field(description="train a gated adapter; null trains every parameter")] = (
-        None
-    )
+    model: Annotated[FreshModel | None, Field(description="or the shape of a model that starts random")] = None
+    lora: Annotated[Lora | None, Field(description="train a gated adapter; null trains every parameter")] = None
     dataset: Annotated[Dataset, Field(description="packed rows")]
 
     block_length: Annotated[
@@ -160,13 +146,9 @@ class TrainConfig:
     adam_beta2: Annotated[float, Field(ge=0, lt=1, description="decay of the second moment")] = 0.95
     adam_epsilon: Annotated[float, Field(gt=0, description="added to the denominator")] = 1e-8
 
-    save_every: Annotated[
-        int, Field(ge=1, description="steps between checkpoints; the last step always saves")
-    ] = 500
+    save_every: Annotated[int, Field(ge=1, description="steps between checkpoints; the last step always saves")] = 500
     keep: Annotated[int, Field(ge=1, description="newest checkpoints kept")] = 2
-    eval_every: Annotated[
-        int, Field(ge=0, description="steps between evaluations; 0: only after the last")
-    ] = 500
+    eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0: only after the last")] = 500
     eval_batches: Annotated[int, Field(ge=0, description="held-out batches of one evaluation; 0: none")] = 8
     log_every: Annotated[int, Field(ge=1, description="steps between two lines of metrics")] = 10
 
@@ -174,31 +156,23 @@ class TrainConfig:
         Literal["float32", "bfloat16"],
         Field(description="of the frozen base under lora; trained parameters are always float32"),
     ] = "float32"
-    compute_dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of matrix products")] = (
-        "float32"
-    )
+    compute_dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of matrix products")] = "float32"
     remat: Annotated[
         Literal["none", "full", "dots"],
         Field(description="recomputed in the backward pass: less memory, more time"),
     ] = "none"
-    seed: Annotated[
-        int, Field(ge=0, lt=2**31, description="initial parameters, order of rows, block phases")
-    ] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31, description="initial parameters, order of rows, block phases")] = 0
 
     def __post_init__(self) -> None:
         if (self.init_from is None) == (self.model is None):
-            raise ValueError(
-                "give exactly one of init_from (a checkpoint) and model (the shape of a fresh one)"
-            )
+            raise ValueError("give exactly one of init_from (a checkpoint) and model (the shape of a fresh one)")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
             )
         if self.lora and self.objective == "ar":
-            raise ValueError(
-                "lora needs objective=introspective: the adapter acts on MASK rows, and ar has none"
-            )
+            raise ValueError("lora needs objective=introspective: the adapter acts on MASK rows, and ar has none")
         if self.lora and self.init_from is None:
             raise ValueError("lora needs init_from: an adapter is of no use without its base checkpoint")
         if self.param_dtype == "bfloat16" and not self.lora:
@@ -255,9 +229,7 @@ def config_from_mapping(values: Mapping[str, Any]) -> TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """The resolved config; `load_config` reads it back to an equal one."""
-    return OmegaConf.to_yaml(
-        OmegaConf.create(pydantic.TypeAdapter(TrainConfig).dump_python(config, mode="json"))
-    )
+    return OmegaConf.to_yaml(OmegaConf.create(pydantic.TypeAdapter(TrainConfig).dump_python(config, mode="json")))
 
 
 def describe_keys() -> Iterator[tuple[str, str, str, str]]:
@@ -296,9 +268,7 @@ def _explain(error: Any) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [key for key, *_ in describe_keys()]
         near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
-        return f"unknown key {name!r}" + (
-            f"; did you mean {near[0]!r}?" if near else "; see --help for all keys"
-        )
+        return f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help for all keys")
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{name}: required, and not given"
     message = error["msg"].removeprefix("Value error, ")

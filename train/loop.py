@@ -167,7 +167,10 @@ def _open_checkpoints(config: TrainConfig) -> Iterator[Checkpoints]:
                     + ", ".join(f"{key}={before[key]!r} (now {now[key]!r})" for key in changed)
                     + ": choose another run_name, or delete the folder"
                 )
-        snapshot.write_text(to_yaml(config), encoding="utf-8")
+        # Replaced in one go: a kill in between must not leave half a file, which the next start would refuse.
+        partial = snapshot.with_suffix(".partial")
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        partial.replace(snapshot)
         yield checkpoints
 
 
@@ -255,9 +258,7 @@ def _describe_plan(
     )
 
 
-def _export(
-    config: TrainConfig, start: StartingPoint, state: TrainState, echo: Echo, *, overwrite: bool
-) -> Path:
+def _export(config: TrainConfig, start: StartingPoint, state: TrainState, echo: Echo, *, overwrite: bool) -> Path:
     lm = start.language_model(state.params, state.frozen)
     folder = config.run_dir / ("adapter" if config.lora else "hf")
     # Exports appear whole or not at all, so a folder that is there is complete.

@@ -64,9 +64,7 @@ class MetricsLog:
 class StepReporter:
     """Fetches the metrics of a step while the next one runs, so that the device never waits for the host."""
 
-    def __init__(
-        self, log: MetricsLog, config: TrainConfig, on_step: OnStep | None, echo: Callable[[str], None]
-    ):
+    def __init__(self, log: MetricsLog, config: TrainConfig, on_step: OnStep | None, echo: Callable[[str], None]):
         self._log, self._config, self._on_step, self._echo = log, config, on_step, echo
         self._pending: tuple[int, StepMetrics] | None = None
         self._clear_interval()
@@ -132,11 +130,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
-    return [
-        json.loads(line)
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line[-1] == "\n"
-    ]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
 
 
 def format_train(step: int, steps: int, record: Record) -> str:

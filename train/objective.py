@@ -184,7 +184,6 @@ def introspective_loss(
     decoding reads (`LabelRows`).
     """
     layout = lay_out(batch, settings)
-    has_adapter = module.config.lora is not None
     ce = _cross_entropy(
         module,
         two_stream_hidden(module, layout),
@@ -192,13 +191,11 @@ def introspective_loss(
         jnp.concatenate([layout.is_noisy_scored, layout.is_clean_scored], axis=1),
     )
     ce_noisy, ce_clean = jnp.split(ce, 2, axis=1)
-    if has_adapter:
-        # Rows without a cotangent cost the head's backward pass nothing.
-        ce_clean = jax.lax.stop_gradient(ce_clean)
     noisy = _mean_over(layout.is_noisy_scored, ce_noisy)
     clean = _mean_over(layout.is_clean_scored, ce_clean)
 
-    if has_adapter:
+    if module.config.lora is not None:
+        # Clean rows then get a cotangent of 0, and the head's backward pass drops such rows.
         alpha = jnp.float32(0)
     elif settings.auto_balance:
         # The floor only matters for a batch without a scored clean row, whose CE_clean is 0.
@@ -214,9 +211,7 @@ def introspective_loss(
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def ar_loss(
-    module: Qwen3, batch: Batch, row_counts: RowCounts | None = None
-) -> tuple[Float[Array, ""], Metrics]:
+def ar_loss(module: Qwen3, batch: Batch, row_counts: RowCounts | None = None) -> tuple[Float[Array, ""], Metrics]:
     """Causal next-token cross-entropy on the clean stream alone: CE_clean of the same batch.
 
     Args:
@@ -243,9 +238,7 @@ def ar_loss(
     return clean.total / jnp.maximum(num_rows, 1.0), {"ce_clean": jax.lax.stop_gradient(clean)}
 
 
-def measure_acceptance(
-    module: Qwen3, batch: Batch, settings: ObjectiveSettings, *, tile_rows: int = 512
-) -> Metrics:
+def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings, *, tile_rows: int = 512) -> Metrics:
     """How often drafts would be accepted, at temperature 1 and 0, after true prefixes; no gradient.
 
     At a MASK row i with a label, the noisy stream gives q and the clean stream p, both for token i+1 and both
@@ -331,9 +324,7 @@ def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
 
 def _mask_token_id(module: Qwen3) -> int:
     if module.config.mask_token_id is None:
-        raise ValueError(
-            "config.mask_token_id is None, but noising needs an id below vocab_size to feed as MASK"
-        )
+        raise ValueError("config.mask_token_id is None, but noising needs an id below vocab_size to feed as MASK")
     return module.config.mask_token_id
 
 

@@ -98,9 +98,7 @@ def make_train_step(
             (loss, terms), grads = grads_of(batch)
         else:
             cut = jax.tree.map(lambda x: _every_nth_row(x, parts), batch)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grads_of, _part(cut, 0))
-            )
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grads_of, _part(cut, 0)))
             ((loss, terms), grads), _ = jax.lax.scan(
                 lambda total, part: (jax.tree.map(jnp.add, total, grads_of(part)), None), zeros, cut
             )
@@ -121,9 +119,7 @@ def make_train_step(
     return step
 
 
-def make_eval_step(
-    graph: nnx.GraphDef[Qwen3], config: TrainConfig
-) -> Callable[[nnx.State, nnx.State, Batch], Metrics]:
+def make_eval_step(graph: nnx.GraphDef[Qwen3], config: TrainConfig) -> Callable[[nnx.State, nnx.State, Batch], Metrics]:
     """Builds the jitted measurement of a held-out batch: loss terms, and acceptance where there is one.
 
     The result of several batches adds up field by field, to means over all their rows.

@@ -14,15 +14,17 @@ from typing import Annotated, Any
 import typer
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from tqdm import tqdm
 
 import idlm_jax
 from idlm_jax.cli.checkout import CHECKOUT, import_from_checkout
-from idlm_jax.cli.evaluate import heldout_prompts
+from idlm_jax.cli.evaluate import heldout_means, heldout_prompts
 from idlm_jax.cli.plots import plot_demo
 from idlm_jax.cli.tables import method_table
 from idlm_jax.decoding.compare import compare_methods
+from idlm_jax.decoding.generate import decode_text
 
 PROMPTS = [
     "def __init__(self, ",
@@ -33,7 +35,9 @@ PROMPTS = [
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the run, the plot and the exports; replaced.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the run, the plot and the exports; replaced.")] = Path(
+        "runs/demo"
+    ),
     steps: Annotated[int, typer.Option(help="Training steps of the adapter.", min=1)] = 150,
     model: Annotated[Path, typer.Option(help="Folder of the base model.")] = CHECKOUT / "assets" / "tiny-qwen3-py",
     trained: Annotated[
@@ -42,7 +46,7 @@ def demo(
 ) -> None:
     """Converts the tiny model, trains it briefly, and compares AR with ISD. Five minutes on two cores.
 
-    Everything runs from the checkout and on text that is at hand; see docs in README.md for what each line means.
+    Everything runs from the checkout and on text that is at hand; README.md says what each line means.
     """
     started = time.perf_counter()
     console = Console()
@@ -56,11 +60,16 @@ def demo(
     say(f"loaded {model.name}: {base.config.num_params:,} parameters, a Qwen3 that has read Python")
     first = next(iter(idlm_jax.generate(base, PROMPTS[:1], idlm_jax.ISD(stride=4), _greedy(32))))
     say(f"it decodes by ISD before any training, at {first.tokens_per_forward:.2f} tokens per forward:")
-    console.print(Panel(PROMPTS[0] + first.text, expand=False))
+    console.print(Panel(escape(PROMPTS[0] + first.text), expand=False))
 
     config = _train_config(out, model, steps)
+    data: Any = import_from_checkout("train.data")
+    report = data.build_dataset(data.DatasetSettings(**dataclasses.asdict(config.dataset.build)), config.dataset.path)
+    say(f"read the standard library: {report.train.tokens:,} tokens to train on, {report.heldout.tokens:,} held out")
+    untrained = heldout_means(base, Path(config.dataset.path), block_length=config.block_length, limit=4)["acceptance"]
     say(f"training a gated adapter for {steps} steps on the standard library's source (MASK rows only; base frozen)")
     losses, acceptance = _train(loop, config, steps)
+    acceptance.insert(0, (0, untrained))
     say(f"held-out acceptance of a draft: {acceptance[0][1]:.3f} untrained, {acceptance[-1][1]:.3f} trained")
 
     adapter = out / config.run_name / "adapter"
@@ -68,12 +77,16 @@ def demo(
     prompts = heldout_prompts(Path(config.dataset.path), 16, 32)
     methods = [idlm_jax.ISD(stride=2), idlm_jax.ISD(stride=4)]
     reports = compare_methods(lm, prompts, methods, _greedy(64))
-    console.print(method_table("with the adapter trained just now, 16 held-out prompts, greedy", reports, is_greedy=True))
+    console.print(
+        method_table("with the adapter trained just now, 16 held-out prompts, greedy", reports, is_greedy=True)
+    )
     shown = lm
     if trained.is_dir():
         shown = idlm_jax.load(model, dtype="float32", adapter=trained)
         reports = compare_methods(shown, prompts, methods, _greedy(64))
-        console.print(method_table(f"with {trained.name}, trained longer by the committed recipe", reports, is_greedy=True))
+        console.print(
+            method_table(f"with {trained.name}, trained longer by the committed recipe", reports, is_greedy=True)
+        )
     _side_by_side(console, shown)
 
     exported = out / "hf"
@@ -108,6 +121,7 @@ def _train_config(out: Path, model: Path, steps: int) -> Any:
         steps=steps,
         save_every=steps,
         eval_every=max(1, steps // 6),
+        batch_size=8,
         eval_batches=4,
         log_every=1,
     )
@@ -137,14 +151,7 @@ def _side_by_side(console: Console, lm: idlm_jax.LanguageModel) -> None:
     for prompt in PROMPTS:
         ar = idlm_jax.generate(lm, [prompt], idlm_jax.AR(), _greedy(40))[0]
         steps = list(idlm_jax.stream_tokens(lm, prompt, idlm_jax.ISD(stride=4), _greedy(40)))
-        assert lm.tokenizer is not None  # the tiny model ships with one
-        text = "".join(
-            f"[{colours[i % 2]}]{_escape(lm.tokenizer.decode(ids))}[/]" for i, ids in enumerate(steps)
-        )
-        left = Panel(_escape(prompt + ar.text), title=f"AR: {ar.num_forwards} forwards", width=56)
-        right = Panel(_escape(prompt) + text, title=f"ISD: {len(steps)} forwards", width=56)
+        text = "".join(f"[{colours[i % 2]}]{escape(decode_text(lm, ids))}[/]" for i, ids in enumerate(steps))
+        left = Panel(escape(prompt + ar.text), title=f"AR: {ar.num_forwards} forwards", width=56)
+        right = Panel(escape(prompt) + text, title=f"ISD: {len(steps)} forwards", width=56)
         console.print(Columns([left, right]))
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -55,8 +55,17 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def heldout_means(lm: LanguageModel, dataset: Path, *, block_length: int, batch_size: int = 8) -> dict[str, float]:
+def heldout_means(
+    lm: LanguageModel, dataset: Path, *, block_length: int, batch_size: int = 8, limit: int | None = None
+) -> dict[str, float]:
     """Held-out cross-entropies and expected acceptance, each also by depth, teacher-forced.
+
+    Args:
+        lm: the model.
+        dataset: folder written by `python -m train.data build`.
+        block_length: MASKs per block.
+        batch_size: rows per forward.
+        limit: most batches to measure; None for all.
 
     Raises:
         ValueError: the folder is no dataset, or its ids exceed the model's vocabulary.
@@ -70,7 +79,7 @@ def heldout_means(lm: LanguageModel, dataset: Path, *, block_length: int, batch_
     settings = objective.ObjectiveSettings(block_length=block_length)
     measure = jax.jit(lambda params, batch: objective.measure_acceptance(nnx.merge(lm.graph, params), batch, settings))
     total = None
-    for batch in data.heldout_batches(dataset, batch_size, None):
+    for batch in data.heldout_batches(dataset, batch_size, limit):
         terms = measure(lm.params, batch)
         total = terms if total is None else jax.tree.map(lambda a, b: a + b, total, terms)
     assert total is not None  # a dataset always has held-out rows

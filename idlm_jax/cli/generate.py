@@ -21,10 +21,14 @@ def make_method(stride: int, proposals: Literal["sampled", "argmax"]) -> Method:
 
 def generate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder of a Qwen3 or I-DLM checkpoint, or a hub id.")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to complete; '-' or none reads standard input.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to complete; '-' or none reads standard input.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
     stride: Annotated[int, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR.")] = 4,
-    proposals: Annotated[Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")] = "sampled",
+    proposals: Annotated[
+        Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
+    ] = "sampled",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -39,33 +43,34 @@ def generate(
 
     Example: idlm generate assets/tiny-qwen3-py --adapter assets/tiny-qwen3-py-isd 'def main():'
     """
-    if not prompts or prompts == ["-"]:
-        prompts = [sys.stdin.read()]
+    texts = [sys.stdin.read()] if not prompts or prompts == ["-"] else prompts
     lm = idlm_jax.load(model, dtype=dtype, adapter=adapter)
     if chat:
         if lm.tokenizer is None or lm.tokenizer.chat_template is None:
             raise ValueError(f"--chat needs a chat template, and {model} has none")
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = [lm.tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
+        turns = [[{"role": "user", "content": prompt}] for prompt in texts]
+        texts = [
+            str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns
+        ]
     method = make_method(stride, proposals)
     params = [
         idlm_jax.SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + index
         )
-        for index in range(len(prompts))
+        for index in range(len(texts))
     ]
     if stream:
-        if len(prompts) != 1:
-            raise ValueError(f"--stream prints one completion, and there are {len(prompts)} prompts")
-        for piece in idlm_jax.generate_stream(lm, prompts[0], method, params[0]):
+        if len(texts) != 1:
+            raise ValueError(f"--stream prints one completion, and there are {len(texts)} prompts")
+        for piece in idlm_jax.generate_stream(lm, texts[0], method, params[0]):
             print(piece, end="", flush=True)
         print()
         return
     start = time.perf_counter()
-    completions = idlm_jax.generate(lm, prompts, method, params)
+    completions = idlm_jax.generate(lm, texts, method, params)
     elapsed_s = time.perf_counter() - start
     if as_json:
-        for prompt, completion in zip(prompts, completions, strict=True):
+        for prompt, completion in zip(texts, completions, strict=True):
             record = {
                 "prompt": prompt,
                 "text": completion.text,
@@ -73,17 +78,25 @@ def generate(
                 "finish_reason": completion.finish_reason,
                 "num_forwards": completion.num_forwards,
                 "tokens_per_forward": completion.tokens_per_forward,
-                "acceptance_rate": completion.acceptance_rate if completion.verified_by_depth else None,
+                "acceptance_rate": completion.acceptance_rate if sum(completion.verified_by_depth) else None,
             }
             print(json.dumps(record))
         return
-    for prompt, completion in zip(prompts, completions, strict=True):
+    for prompt, completion in zip(texts, completions, strict=True):
         print(prompt + completion.text)
     Console(stderr=True).print(_summary(completions, elapsed_s))
 
 
 def _summary(completions: list[idlm_jax.Completion], elapsed_s: float) -> Table:
-    table = Table("prompt", "tokens", "forwards", "TPF", "acceptance", "ended by", caption=f"{elapsed_s:.1f} s, compilation included")
+    table = Table(
+        "prompt",
+        "tokens",
+        "forwards",
+        "TPF",
+        "acceptance",
+        "ended by",
+        caption=f"{elapsed_s:.1f} s, compilation included",
+    )
     for index, completion in enumerate(completions):
         table.add_row(
             str(index),

@@ -81,7 +81,6 @@ def _report(
         acceptance_rate=float(np.where(drafts > 0, rates * drafts, 0.0).sum() / total) if total else float("nan"),
         tokens_per_s=num_tokens / elapsed_s,
         num_identical=sum(
-            completion.token_ids == other.token_ids
-            for completion, other in zip(completions, reference, strict=True)
+            completion.token_ids == other.token_ids for completion, other in zip(completions, reference, strict=True)
         ),
     )

@@ -142,10 +142,7 @@ def prepare_batch(
     tokens = np.zeros((slots, capacity), np.int32)
     for slot, prompt in enumerate(prompts):
         tokens[slot, : len(prompt)] = prompt
-    stops = [
-        set(wanted.stop_token_ids) | set(() if wanted.ignore_eos else config.eos_token_ids)
-        for wanted in params
-    ]
+    stops = [set(wanted.stop_token_ids) | set(() if wanted.ignore_eos else config.eos_token_ids) for wanted in params]
     stop_ids = np.full((slots, bucket(max(map(len, stops)), smallest=4)), -1, np.int32)
     for slot, stop in enumerate(stops):
         stop_ids[slot, : len(stop)] = sorted(stop)
@@ -177,6 +174,12 @@ def prepare_batch(
 def bucket(size: int, *, smallest: int) -> int:
     """The smallest power of two that holds `size`, and at least `smallest`."""
     return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
+def decode_text(lm: LanguageModel, token_ids: list[int]) -> str:
+    """Text without special tokens; empty without a tokenizer."""
+    # The cast: `decode` also takes batches, for which it would return a list.
+    return "" if lm.tokenizer is None else str(lm.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
 def read_completions(
@@ -214,15 +217,13 @@ def read_completions(
         completions.append(
             Completion(
                 token_ids=token_ids,
-                text=lm.tokenizer.decode(token_ids, skip_special_tokens=True) if lm.tokenizer else "",
+                text=decode_text(lm, token_ids),
                 finish_reason="stop" if finish[slot] == Finish.STOP else "length",
                 num_forwards=int(counts.forwards[slot]),
                 num_cold_starts=int(counts.cold_starts[slot]),
                 verified_by_depth=tuple(counts.verified[slot].tolist()),
                 accepted_by_depth=tuple(counts.accepted[slot].tolist()),
-                acceptance_rate=float(counts.accept_prob[slot].sum()) / verified
-                if verified
-                else float("nan"),
+                acceptance_rate=float(counts.accept_prob[slot].sum()) / verified if verified else float("nan"),
                 logprobs=logprobs,
             )
         )

@@ -35,9 +35,7 @@ def encode_prompt(lm: LanguageModel, prompt: Prompt, index: int) -> list[int]:
             f"prompt {index} holds ids {outside[:5]} outside the vocabulary of {config.vocab_size} ({source})"
         )
     if config.mask_token_id in ids:
-        raise ValueError(
-            f"prompt {index} holds the MASK id {config.mask_token_id}, which only decoding may feed"
-        )
+        raise ValueError(f"prompt {index} holds the MASK id {config.mask_token_id}, which only decoding may feed")
     return ids
 
 
@@ -47,9 +45,7 @@ def _encode_text(lm: LanguageModel, text: str, index: int) -> list[int]:
         raise ValueError(f"prompt {index} is text, but the model folder has no tokenizer: pass token ids")
     pieces = [text]
     mask_id = lm.config.mask_token_id
-    mask_text = (
-        tokenizer.convert_ids_to_tokens(mask_id) if mask_id is not None and mask_id < len(tokenizer) else None
-    )
+    mask_text = tokenizer.convert_ids_to_tokens(mask_id) if mask_id is not None and mask_id < len(tokenizer) else None
     if isinstance(mask_text, str) and len(mask_text) > 1 and mask_text in text:
         # Cutting every spelled-out MASK in the middle leaves no place where the tokenizer could see it whole.
         half = len(mask_text) // 2

@@ -80,9 +80,7 @@ def remove_token(logits: Float[Array, "B T V"], token_id: int) -> Float[Array, "
     return jnp.where(keep[None, None], logits, -jnp.inf)
 
 
-def target_probs(
-    logits: Float[Array, "B T V"], sampling: SamplingState, *, filtered: bool
-) -> Float[Array, "B T V"]:
+def target_probs(logits: Float[Array, "B T V"], sampling: SamplingState, *, filtered: bool) -> Float[Array, "B T V"]:
     """The distribution of each row after temperature, top-k and top-p.
 
     Args:
@@ -114,9 +112,7 @@ def _filter_threshold(scaled: Float[Array, "B T V"], sampling: SamplingState) ->
     return jnp.maximum(kth, jnp.where(top_p < 1.0, nucleus, -jnp.inf))
 
 
-def request_keys(
-    seeds: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose
-) -> Key[Array, "B T"]:
+def request_keys(seeds: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose) -> Key[Array, "B T"]:
     """One key per request and absolute position: tokens depend on neither batch neighbours nor window layout."""
 
     def one(seed: Array, position: Array) -> Array:

@@ -22,7 +22,7 @@ from idlm_jax.decoding.sampling import (
 )
 from idlm_jax.decoding.state import Counts, DecodeState, Finish
 from idlm_jax.decoding.verify import Verdict, verify
-from idlm_jax.decoding.window import Window, build_window
+from idlm_jax.decoding.window import build_window
 from idlm_jax.model.attention import causal_attend, window_attend
 from idlm_jax.model.kv_cache import write
 from idlm_jax.model.transformer import Qwen3
@@ -152,9 +152,7 @@ def _how_many(
     return num_committed, jnp.where(is_running, finish, state.finish)
 
 
-def _count(
-    state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"], is_running: Array
-) -> Counts:
+def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"], is_running: Array) -> Counts:
     """Adds one forward. A draft counts as verified if its fate decided a committed token."""
     counts = state.counts
     num_checked = verdict.accept_probs.shape[1]
@@ -237,11 +235,3 @@ def _draft(
 def is_running(state: DecodeState) -> Array:
     """Scalar bool: some slot still decodes."""
     return jnp.any(state.finish == Finish.RUNNING)
-
-
-def window_rows(plan: StepPlan) -> int:
-    """Query rows of one decode forward, W = 2 * stride - 1."""
-    return 2 * plan.num_masks + 1
-
-
-__all__ = ["Window", "decode_step", "is_running", "prefill", "window_rows"]

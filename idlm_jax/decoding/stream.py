@@ -1,6 +1,7 @@
 """`generate_stream`: text as it is committed, for one prompt."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +49,9 @@ def generate_stream(
         ValueError: the model has no tokenizer (use `stream_tokens`), or the prompt is refused as by `generate`.
     """
     if lm.tokenizer is None:
-        raise ValueError(
-            "generate_stream needs a tokenizer, and the model folder has none: use stream_tokens"
-        )
+        raise ValueError("generate_stream needs a tokenizer, and the model folder has none: use stream_tokens")
     decoder = DecodeStream(skip_special_tokens=True)
-    backend = lm.tokenizer.backend_tokenizer
+    backend: Any = lm.tokenizer.backend_tokenizer
     for ids in stream_tokens(lm, prompt, method, sampling):
         text = "".join(decoder.step(backend, token) or "" for token in ids)
         if text:

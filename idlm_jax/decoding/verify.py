@@ -40,7 +40,8 @@ def verify(
     distribution.
 
     Args:
-        anchor_probs: p, C = M + 1 rows: row j is the causal distribution of the token that draft j proposes; row M the bonus's.
+        anchor_probs: p, C = M + 1 rows; row j is the causal distribution of the token that draft j proposes, row M
+            that of the bonus.
         proposals: drafted ids; entries at and past `num_proposals` are ignored.
         proposal_probs: q, the distribution each draft was drawn from.
         num_proposals: drafts to check, 0..M; 0 is a cold start, which commits one token drawn from p_0.
@@ -63,9 +64,7 @@ def verify(
     residual = jnp.maximum(p_next - jnp.take_along_axis(refused_probs, at, axis=1), 0.0)
     # Rounding can leave nothing of a residual whose exact mass is below 1e-7; p is then right to that accuracy.
     has_mass = jnp.sum(residual, axis=-1, keepdims=True) > 0.0
-    next_token = draw(
-        jnp.where(has_mass, residual, p_next), jnp.take_along_axis(commit_keys, at[..., 0], axis=1)
-    )
+    next_token = draw(jnp.where(has_mass, residual, p_next), jnp.take_along_axis(commit_keys, at[..., 0], axis=1))
 
     ratio = jnp.where(q_of_draft > p_of_draft, p_of_draft / jnp.where(q_of_draft > 0, q_of_draft, 1.0), 1.0)
     return Verdict(accepted_len, next_token[:, 0], jnp.where(is_proposed, ratio, 0.0))

@@ -57,12 +57,8 @@ def build_window(
     prefix = jnp.concatenate(
         [jnp.broadcast_to(clean_index, clean.shape), jnp.repeat(group_prefix, num_masks, axis=1)], axis=1
     )
-    sees_clean = (clean_index[None, None] <= prefix[..., None]) & (
-        clean_index[None, None] < num_clean[:, None, None]
-    )
-    same_group = (group[:, None] == group[None, num_clean_rows:]) & (
-        depth[None, num_clean_rows:] <= depth[:, None]
-    )
+    sees_clean = (clean_index[None, None] <= prefix[..., None]) & (clean_index[None, None] < num_clean[:, None, None])
+    same_group = (group[:, None] == group[None, num_clean_rows:]) & (depth[None, num_clean_rows:] <= depth[:, None])
     visible = jnp.concatenate([sees_clean, jnp.broadcast_to(same_group, (batch, *same_group.shape))], axis=-1)
     masks = jnp.full((batch, num_mask_rows), mask_token_id, jnp.int32)
     return Window(

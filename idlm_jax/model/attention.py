@@ -6,7 +6,6 @@ A block does not know whether it trains, prefills or decodes: it hands its rotat
 
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -99,12 +98,8 @@ def window_attention(
     cached_k, cached_v = cache
     batch, rows = q.shape[:2]
     in_context = jnp.arange(cached_k.shape[1])[None] < context_len[:, None]
-    mask = jnp.concatenate(
-        [jnp.broadcast_to(in_context[:, None], (batch, rows, cached_k.shape[1])), visible], axis=-1
-    )
-    return masked_attention(
-        q, jnp.concatenate([cached_k, k], axis=1), jnp.concatenate([cached_v, v], axis=1), mask
-    )
+    mask = jnp.concatenate([jnp.broadcast_to(in_context[:, None], (batch, rows, cached_k.shape[1])), visible], axis=-1)
+    return masked_attention(q, jnp.concatenate([cached_k, k], axis=1), jnp.concatenate([cached_v, v], axis=1), mask)
 
 
 def causal_attend(visible: Bool[Array, "B T T"]) -> Attend:

@@ -48,9 +48,7 @@ class LanguageModel:
         """
         ids = np.asarray(token_ids, np.int32)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            raise ValueError(
-                f"token ids {ids.min()}..{ids.max()} exceed the vocabulary of {self.config.vocab_size}"
-            )
+            raise ValueError(f"token ids {ids.min()}..{ids.max()} exceed the vocabulary of {self.config.vocab_size}")
         return _logits(self.graph, self.params, jnp.asarray(ids))
 
 
@@ -66,7 +64,5 @@ def from_module(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(
-    graph: nnx.GraphDef[Qwen3], params: nnx.State, tokens: Int[Array, "B T"]
-) -> Float[Array, "B T V"]:
+def _logits(graph: nnx.GraphDef[Qwen3], params: nnx.State, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     return nnx.merge(graph, params)(tokens)

@@ -32,9 +32,7 @@ class Projection(nnx.Module):
     base model's. Both factors are 2-D, as PEFT stores them.
     """
 
-    def __init__(
-        self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], config: ModelConfig, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], config: ModelConfig, *, rngs: nnx.Rngs):
         """Kernel of shape [*in_shape, *out_shape], drawn from a normal of variance 1 / fan-in."""
         self.in_shape, self.out_shape, self.compute_dtype = in_shape, out_shape, config.compute_dtype
         fan_in = math.prod(in_shape)
@@ -53,9 +51,7 @@ class Projection(nnx.Module):
                     bound,
                 )
             )
-            self.lora_b = nnx.LoRAParam(
-                jnp.zeros((config.lora.rank, math.prod(out_shape)), config.param_dtype)
-            )
+            self.lora_b = nnx.LoRAParam(jnp.zeros((config.lora.rank, math.prod(out_shape)), config.param_dtype))
 
     def __call__(self, x: Float[Array, "B T ..."], gate: RowGate | None) -> Float[Array, "B T ..."]:
         batch, rows = x.shape[:2]

@@ -20,9 +20,7 @@ from idlm_jax.weights.hf_names import TensorSpec
 Params = dict[tuple[str, ...], Float[Array, "..."]]
 
 
-def read_params(
-    checkpoint: Checkpoint, specs: Iterable[TensorSpec], config: ModelConfig, mesh: Mesh | None
-) -> Params:
+def read_params(checkpoint: Checkpoint, specs: Iterable[TensorSpec], config: ModelConfig, mesh: Mesh | None) -> Params:
     """Reads every tensor into its place in the stacked, sharded parameters.
 
     Each tensor travels to the devices in Hugging Face layout, already cut over the mesh, and is transposed
@@ -61,9 +59,7 @@ def _put(checkpoint: Checkpoint, spec: TensorSpec, mesh: Mesh | None) -> Float[A
     sharding = param_sharding(spec.hf_axes, spec.hf_shape, mesh)
     if sharding is None:
         return jnp.asarray(checkpoint.read(spec.name))
-    return jax.make_array_from_callback(
-        spec.hf_shape, sharding, lambda index: checkpoint.read(spec.name, index)
-    )
+    return jax.make_array_from_callback(spec.hf_shape, sharding, lambda index: checkpoint.read(spec.name, index))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))

@@ -83,9 +83,7 @@ class Checkpoint:
             if name not in wanted and name not in aliases:
                 problems.append(f"unexpected: {name} of shape {stored.shape} in {stored.file.name}")
             elif name in aliases and aliases[name] in self.tensors and not self._equal(name, aliases[name]):
-                problems.append(
-                    f"tied: {name} {stored.shape} differs from {aliases[name]}, which it must equal"
-                )
+                problems.append(f"tied: {name} {stored.shape} differs from {aliases[name]}, which it must equal")
         if problems:
             raise WeightsError(self.folder, problems)
 
@@ -95,13 +93,10 @@ class Checkpoint:
         if one.shape != other.shape or not {one.dtype, other.dtype} <= READABLE_DTYPES:
             return False
         blocks = (
-            slice(start, min(start + _COMPARED_ROWS, one.shape[0]))
-            for start in range(0, one.shape[0], _COMPARED_ROWS)
+            slice(start, min(start + _COMPARED_ROWS, one.shape[0])) for start in range(0, one.shape[0], _COMPARED_ROWS)
         )
         return all(
-            np.array_equal(
-                self.read(first, rows).astype(np.float32), self.read(second, rows).astype(np.float32)
-            )
+            np.array_equal(self.read(first, rows).astype(np.float32), self.read(second, rows).astype(np.float32))
             for rows in blocks
         )
 

@@ -120,9 +120,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def plan_shards(
-    specs: Iterable[TensorSpec], max_shard_bytes: int, itemsize: int
-) -> Iterator[tuple[TensorSpec, ...]]:
+def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int, itemsize: int) -> Iterator[tuple[TensorSpec, ...]]:
     """Cuts the tensors, in order, into groups of at most `max_shard_bytes`, or of a single larger tensor."""
     shard: list[TensorSpec] = []
     size = 0
@@ -159,7 +157,5 @@ def _take(
 
 def _generation_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:
     eos = list(config.eos_token_ids)
-    special = {
-        name: source[name] for name in ("bos_token_id", "pad_token_id") if source.get(name) is not None
-    }
+    special = {name: source[name] for name in ("bos_token_id", "pad_token_id") if source.get(name) is not None}
     return {**special, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}

@@ -69,12 +69,7 @@ def _local_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if (
-        isinstance(path, Path)
-        or folder.is_absolute()
-        or str(path).count("/") > 1
-        or str(path).startswith(".")
-    ):
+    if isinstance(path, Path) or folder.is_absolute() or str(path).count("/") > 1 or str(path).startswith("."):
         raise FileNotFoundError(f"no folder {str(path)!r}")
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_HUB_FILES))

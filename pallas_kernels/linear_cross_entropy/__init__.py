@@ -46,9 +46,7 @@ def linear_cross_entropy(
     if weight.ndim != 2 or weight.shape[1] != width:
         raise ValueError(f"{weight.shape=}, but hidden.shape={hidden.shape} needs [V, {width}]")
     if labels.shape != (rows,) or row_weights.shape != (rows,):
-        raise ValueError(
-            f"{labels.shape=} and {row_weights.shape=}, but hidden has {rows} rows: both need ({rows},)"
-        )
+        raise ValueError(f"{labels.shape=} and {row_weights.shape=}, but hidden has {rows} rows: both need ({rows},)")
     if tile_rows < 1:
         raise ValueError(f"{tile_rows=} must be at least 1")
     if hidden.dtype != weight.dtype or not jnp.issubdtype(hidden.dtype, jnp.floating):

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Residuals = tuple[
-    Float[Array, "R D"], Float[Array, "V D"], Int[Array, " R"], Float[Array, " R"], Float[Array, " R"]
-]
+Residuals = tuple[Float[Array, "R D"], Float[Array, "V D"], Int[Array, " R"], Float[Array, " R"], Float[Array, " R"]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -43,9 +41,7 @@ def _forward(
         rows = _tile_index(index, number, tile_rows)
         logits = _tile_logits(_take(hidden, rows), weight)
         lse = jax.nn.logsumexp(logits, axis=-1)
-        at_label = jnp.take_along_axis(
-            logits, _take(targets, rows)[:, None], axis=1, mode="fill", fill_value=jnp.nan
-        )
+        at_label = jnp.take_along_axis(logits, _take(targets, rows)[:, None], axis=1, mode="fill", fill_value=jnp.nan)
         return _put(outputs[0], rows, lse - at_label[:, 0]), _put(outputs[1], rows, lse)
 
     zeros = jnp.zeros((num_rows,), jnp.float32)

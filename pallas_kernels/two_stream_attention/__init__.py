@@ -60,9 +60,7 @@ def two_stream_attention(
         if stream.shape != expected:
             raise ValueError(f"{name}.shape={stream.shape}, but q_clean and k_clean imply {expected}")
         if stream.dtype != q_clean.dtype or not jnp.issubdtype(stream.dtype, jnp.floating):
-            raise TypeError(
-                f"{name}.dtype={stream.dtype}, but all streams need one floating dtype, {q_clean.dtype=}"
-            )
+            raise TypeError(f"{name}.dtype={stream.dtype}, but all streams need one floating dtype, {q_clean.dtype=}")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     indices = {"segment_ids": segment_ids, "positions": positions, "block_start": block_start}

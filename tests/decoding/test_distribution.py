@@ -39,9 +39,7 @@ def exact_distribution(lm: LanguageModel, params: SamplingParams) -> dict[tuple[
     vocab_size, mask_id = lm.config.vocab_size, lm.config.mask_token_id
     for length in range(LENGTH):
         prefixes = [key for key in probs if len(key) == length]
-        logits = np.asarray(lm.logits(np.array([PROMPT + list(prefix) for prefix in prefixes], np.int32)))[
-            :, -1
-        ]
+        logits = np.asarray(lm.logits(np.array([PROMPT + list(prefix) for prefix in prefixes], np.int32)))[:, -1]
         for prefix, row in zip(prefixes, logits, strict=True):
             p = dense_probs(row, params, mask_id)
             for token in range(vocab_size):

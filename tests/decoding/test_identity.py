@@ -24,9 +24,7 @@ def idlm() -> LanguageModel:
 @pytest.fixture(scope="module")
 def r_isd() -> LanguageModel:
     lora = LoraConfig(rank=4, alpha=8.0)
-    return from_module(
-        randomize_adapter(sharpen(tiny_module(3, vocab_size=12, mask_token_id=11, lora=lora), 4.0))
-    )
+    return from_module(randomize_adapter(sharpen(tiny_module(3, vocab_size=12, mask_token_id=11, lora=lora), 4.0)))
 
 
 def ids(completions) -> list[list[int]]:
@@ -59,9 +57,7 @@ def test_r_isd_equals_the_base_model_without_its_adapter(r_isd, idlm):
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(
-    "method", [AR(), ISD(stride=2), ISD(stride=4), ISD(stride=4, proposals="argmax")], ids=str
-)
+@pytest.mark.parametrize("method", [AR(), ISD(stride=2), ISD(stride=4), ISD(stride=4, proposals="argmax")], ids=str)
 def test_compiled_loop_equals_python_loop_without_cache(r_isd, method, params):
     prompts = random_prompts(6, 12, 11, seed=2)
     requests = [dataclasses.replace(params, seed=index) for index in range(len(prompts))]
@@ -74,9 +70,7 @@ def test_compiled_loop_equals_python_loop_without_cache(r_isd, method, params):
 @pytest.mark.parametrize("stride", [1, 2, 5, 16])
 def test_every_stride_decodes(idlm, stride):
     prompts = random_prompts(3, 9, 11, seed=4)
-    assert ids(generate(idlm, prompts, ISD(stride=stride), GREEDY)) == ids(
-        generate(idlm, prompts, AR(), GREEDY)
-    )
+    assert ids(generate(idlm, prompts, ISD(stride=stride), GREEDY)) == ids(generate(idlm, prompts, AR(), GREEDY))
 
 
 def test_a_request_is_the_same_alone_and_in_any_batch(r_isd):
@@ -92,14 +86,10 @@ def test_a_request_is_the_same_alone_and_in_any_batch(r_isd):
         for i in range(len(prompts))
     ]
     together = ids(generate(r_isd, prompts, ISD(stride=4), params))
-    alone = [
-        generate(r_isd, [p], ISD(stride=4), [s])[0].token_ids for p, s in zip(prompts, params, strict=True)
-    ]
+    alone = [generate(r_isd, [p], ISD(stride=4), [s])[0].token_ids for p, s in zip(prompts, params, strict=True)]
     assert together == alone
     order = np.random.default_rng(0).permutation(len(prompts))
-    shuffled = generate(
-        r_isd, [prompts[i] for i in order], ISD(stride=4), [params[i] for i in order], batch_size=5
-    )
+    shuffled = generate(r_isd, [prompts[i] for i in order], ISD(stride=4), [params[i] for i in order], batch_size=5)
     assert ids(shuffled) == [together[i] for i in order]
 
 

@@ -40,9 +40,7 @@ def outputs_and_grads(op, hidden, weight, labels, row_weights):
     return outputs, grads
 
 
-@pytest.mark.parametrize(
-    ("rows", "vocab_size", "tile_rows"), [(37, 53, 8), (37, 53, 64), (16, 101, 1), (1, 3, 8)]
-)
+@pytest.mark.parametrize(("rows", "vocab_size", "tile_rows"), [(37, 53, 8), (37, 53, 64), (16, 101, 1), (1, 3, 8)])
 def test_values_and_gradients_equal_materialised_logits(rows, vocab_size, tile_rows):
     arrays = inputs(rows, 12, vocab_size)
     ours = outputs_and_grads(in_tiles_of(tile_rows), *arrays)

@@ -71,9 +71,7 @@ def test_rows_see_exactly_what_the_definition_says():
 
 def test_bfloat16_streams_are_scored_in_float32():
     arrays, indices = streams(jnp.bfloat16), packed()
-    for got, want in zip(
-        two_stream_attention(*arrays, **indices), by_definition(arrays, **indices), strict=True
-    ):
+    for got, want in zip(two_stream_attention(*arrays, **indices), by_definition(arrays, **indices), strict=True):
         assert got.dtype == jnp.bfloat16
         # Probabilities and result are rounded to 8 bits each.
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2e-2)

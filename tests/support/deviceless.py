@@ -45,9 +45,7 @@ gpu_device_info {
 def h200_mesh(shape: Sequence[int] = (1,), axes: Sequence[str] = ("data",)) -> Mesh:
     """A mesh of H200s of one host that exist only for the compiler."""
     count = int(np.prod(shape))
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H200_TARGET, topology=f"1x1x{count}"
-    )
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200_TARGET, topology=f"1x1x{count}")
     return _mesh(topology.devices, shape, axes)
 
 
@@ -100,15 +98,11 @@ def _mesh(devices: Sequence[Any], shape: Sequence[int], axes: Sequence[str]) -> 
     if len(devices) < count:
         raise ValueError(f"a mesh of {tuple(shape)} needs {count} devices, the topology has {len(devices)}")
     # Auto is named because jax.make_mesh, elsewhere in the project, would default to Explicit.
-    return Mesh(
-        np.array(devices[:count]).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
-    )
+    return Mesh(np.array(devices[:count]).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _gpu_abstract_mesh(mesh: Mesh) -> AbstractMesh:
     from jax._src.mesh import AbstractDevice  # no public name yet (jax 0.11.2)
 
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    return AbstractMesh(
-        tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device
-    )
+    return AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)

@@ -66,9 +66,7 @@ def randomize_adapter(module: Qwen3, seed: int = 1, scale: float = 0.3) -> Qwen3
     state = nnx.state(module, nnx.LoRAParam)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        scale * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    drawn = [scale * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
     nnx.update(module, jax.tree.unflatten(tree, drawn))
     return module
 

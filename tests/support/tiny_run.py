@@ -20,13 +20,13 @@ TINY_MODEL = {
 }
 
 
-def tiny_dataset(folder: Path, seed: int = 0) -> Path:
+def tiny_dataset(folder: Path, word: str = "return") -> Path:
     """Rows of 32 tokens from made-up chats and code: prompts, several documents a row, and some padding."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     text = folder / "text"
     text.mkdir(parents=True)
     for index in range(40):
-        lines = [f"def f{rng.randrange(99)}(x):\n    return x + {rng.randrange(99)}\n" for _ in range(6)]
+        lines = [f"def f{rng.randrange(99)}(x):\n    {word} x + {rng.randrange(99)}\n" for _ in range(6)]
         (text / f"file{index:02}.py").write_text("".join(lines))
     chats = [
         {

@@ -101,9 +101,7 @@ def test_an_option_that_changes_the_meaning_of_the_factors_is_refused(folders, c
 
 def test_unset_options_as_peft_writes_them_are_accepted(folders):
     base, adapter = folders
-    edit_json(
-        adapter / "adapter_config.json", modules_to_save=None, rank_pattern={}, layers_to_transform=None
-    )
+    edit_json(adapter / "adapter_config.json", modules_to_save=None, rank_pattern={}, layers_to_transform=None)
     assert load(base, adapter=adapter).config.lora is not None
 
 

@@ -97,9 +97,7 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     words = {word: index for index, word in enumerate(["<unk>", "<eos>", *"abcdefgh"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>"
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <eos>{% endfor %}"
     return tokenizer
 

@@ -24,9 +24,7 @@ def test_every_parameter_has_one_name_and_every_name_one_parameter():
 @pytest.mark.parametrize("heads", [(4, 2, 16), (4, 4, 8), (6, 1, 10)], ids=str)
 def test_the_tensors_are_exactly_the_parameters_of_the_module(is_tied, heads):
     num_heads, num_kv_heads, head_dim = heads
-    changes = dict(
-        tie_embeddings=is_tied, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, lora=LORA
-    )
+    changes = dict(tie_embeddings=is_tied, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, lora=LORA)
     specs = base_tensors(tiny_config(**changes)) + adapter_tensors(tiny_config(**changes))
     assert len({spec.name for spec in specs}) == len(specs)
     module = nnx.eval_shape(lambda: tiny_module(**changes))

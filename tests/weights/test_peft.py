@@ -23,9 +23,7 @@ def gated_logits(lm, tokens, gate):
     batch, rows = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), (batch, rows))
     visible = jnp.broadcast_to(jnp.tril(jnp.ones((rows, rows), bool)), (batch, rows, rows))
-    hidden, _ = lm.module.hidden_states(
-        jnp.asarray(tokens), positions, causal_attend(visible), lora_gate=gate
-    )
+    hidden, _ = lm.module.hidden_states(jnp.asarray(tokens), positions, causal_attend(visible), lora_gate=gate)
     return np.asarray(lm.module.logits(hidden))
 
 

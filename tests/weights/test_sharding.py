@@ -45,9 +45,7 @@ def test_without_a_mesh_there_is_no_sharding():
     assert param_sharding("VD", (96, 32), None) is None
 
 
-@pytest.mark.parametrize(
-    "axes", [dict(fsdp=2, tensor=2), dict(tensor=4), dict(fsdp=4), dict(data=4)], ids=str
-)
+@pytest.mark.parametrize("axes", [dict(fsdp=2, tensor=2), dict(tensor=4), dict(fsdp=4), dict(data=4)], ids=str)
 def test_a_sharded_load_equals_a_single_device_load(tmp_path, axes):
     exported(tmp_path / "hf", tie_embeddings=axes == {"tensor": 4})
     single = load(tmp_path / "hf", dtype="float32")
@@ -58,9 +56,7 @@ def test_a_sharded_load_equals_a_single_device_load(tmp_path, axes):
     np.testing.assert_allclose(sharded.logits(TOKENS), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     export_hf(sharded, tmp_path / "again")
     theirs, ours = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again")
-    assert {name: t.tobytes() for name, t in theirs.items()} == {
-        name: t.tobytes() for name, t in ours.items()
-    }
+    assert {name: t.tobytes() for name, t in theirs.items()} == {name: t.tobytes() for name, t in ours.items()}
 
 
 def test_each_device_holds_its_part_only(tmp_path):

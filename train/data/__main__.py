@@ -26,9 +26,7 @@ def _main() -> None:
 
 @app.command()
 def build(
-    out: Annotated[
-        Path, typer.Option(help="Dataset folder to create. The same command again finds it built.")
-    ],
+    out: Annotated[Path, typer.Option(help="Dataset folder to create. The same command again finds it built.")],
     root: Annotated[
         list[Path] | None,
         typer.Option(
@@ -42,9 +40,7 @@ def build(
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
-            help="Use this Hugging Face tokenizer folder instead: needed to train a converted checkpoint."
-        ),
+        typer.Option(help="Use this Hugging Face tokenizer folder instead: needed to train a converted checkpoint."),
     ] = None,
     max_seq_len: Annotated[
         int,

@@ -28,9 +28,7 @@ from train.data.settings import (
 from train.data.tokenizer import folder_sha256, load_tokenizer, train_tokenizer
 
 
-def build_dataset(
-    settings: DatasetSettings, out_dir: str | Path, *, show_progress: bool = False
-) -> DatasetReport:
+def build_dataset(settings: DatasetSettings, out_dir: str | Path, *, show_progress: bool = False) -> DatasetReport:
     """Builds `out_dir`, or finds it built already.
 
     The folder appears under its name only when it is complete. Equal settings and text give equal arrays.
@@ -67,9 +65,7 @@ def build_dataset(
                 title=f"encode {name}",
             )
             if not encoded.chunks:
-                raise ValueError(
-                    f"nothing to supervise in {len(documents)} {name} documents: {encoded.dropped}"
-                )
+                raise ValueError(f"nothing to supervise in {len(documents)} {name} documents: {encoded.dropped}")
             rows = pack_chunks(
                 encoded.chunks,
                 max_seq_len=settings.max_seq_len,
@@ -152,6 +148,4 @@ def _split_report(num_documents: int, encoded: EncodedDocuments, rows: PackedRow
 
 def _versions() -> dict[str, str]:
     packages = ("grain", "numpy", "tokenizers", "transformers")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in packages
-    }
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -179,9 +179,7 @@ def _messages(line: str, *, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: no list of messages; {expected}")
     for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{where}: a message is {message!r}, with no text role or content; {expected}")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 

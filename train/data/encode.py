@@ -81,9 +81,7 @@ def encode_documents(
             chunks += [Chunk(piece, np.ones(len(piece), np.bool_)) for piece in pieces if len(piece) > 1]
         for chat in chats:
             bar.update()
-            if any(
-                text in message["content"] for text in special_texts(tokenizer) for message in chat.messages
-            ):
+            if any(text in message["content"] for text in special_texts(tokenizer) for message in chat.messages):
                 dropped["special token in text"] += 1
                 continue
             chunk = encode_conversation(chat, tokenizer)
@@ -93,14 +91,10 @@ def encode_documents(
                 chunks.append(chunk)
             else:
                 dropped["no answer"] += 1
-    return EncodedDocuments(
-        tuple(chunks), truncated, {reason: count for reason, count in dropped.items() if count}
-    )
+    return EncodedDocuments(tuple(chunks), truncated, {reason: count for reason, count in dropped.items() if count})
 
 
-def _encode_files(
-    files: Sequence[TextFile], tokenizer: PreTrainedTokenizerFast
-) -> Iterable[Int[np.ndarray, " T"]]:
+def _encode_files(files: Sequence[TextFile], tokenizer: PreTrainedTokenizerFast) -> Iterable[Int[np.ndarray, " T"]]:
     end = end_of_document_id(tokenizer)
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.no_truncation()
@@ -150,9 +144,7 @@ def encode_conversation(chat: Conversation, tokenizer: PreTrainedTokenizerFast) 
             )
         turn_end = special.search(rendered, len(prompt))
         if turn_end is None:
-            raise ValueError(
-                f"{chat.name}: no special token closes message {index}; the chat template must add one"
-            )
+            raise ValueError(f"{chat.name}: no special token closes message {index}; the chat template must add one")
         for text, is_answer in (
             (rendered[done : len(prompt)], False),
             (rendered[len(prompt) : turn_end.end()], True),
@@ -164,13 +156,9 @@ def encode_conversation(chat: Conversation, tokenizer: PreTrainedTokenizerFast) 
     return Chunk(np.asarray(tokens, np.int32), np.asarray(is_response, np.bool_))
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, add_generation_prompt: bool
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     if not messages and not add_generation_prompt:
         return ""
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     assert isinstance(text, str)
     return text

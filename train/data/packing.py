@@ -62,9 +62,7 @@ def pack_chunks(
     """
     longest = max((len(chunk.tokens) for chunk in chunks), default=0)
     if not 0 < longest <= max_seq_len:
-        raise ValueError(
-            f"{len(chunks)} chunks of at most {longest} tokens do not fit rows of {max_seq_len=}"
-        )
+        raise ValueError(f"{len(chunks)} chunks of at most {longest} tokens do not fit rows of {max_seq_len=}")
     elements = [{"tokens": chunk.tokens, "is_response": chunk.is_response} for chunk in chunks]
     shuffled = grain.MapDataset.source(elements).seed(seed).shuffle()
     packed = grain.experimental.BestFitPackIterDataset(

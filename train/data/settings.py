@@ -151,9 +151,7 @@ def read_report(dataset_dir: str | Path) -> DatasetReport:
     """
     path = Path(dataset_dir) / META_NAME
     if not path.is_file():
-        raise ValueError(
-            f"{dataset_dir} is no dataset folder (no {META_NAME}); see python -m train.data build --help"
-        )
+        raise ValueError(f"{dataset_dir} is no dataset folder (no {META_NAME}); see python -m train.data build --help")
     raw = json.loads(path.read_text(encoding="utf-8"))
     if raw.get("format_version") != FORMAT_VERSION:
         raise ValueError(

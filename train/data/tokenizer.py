@@ -24,9 +24,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int, show_progress: bool = False
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, show_progress: bool = False) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE; every byte string round-trips, and equal texts give an equal tokenizer.
 
     Args:
@@ -74,9 +72,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         ValueError: no such folder, or its tokenizer is not a fast one.
     """
     if not Path(folder).is_dir():
-        raise ValueError(
-            f"tokenizer folder {folder} does not exist; give a local folder with a tokenizer.json"
-        )
+        raise ValueError(f"tokenizer folder {folder} does not exist; give a local folder with a tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder} holds a {type(tokenizer).__name__}; only fast tokenizers are supported")
@@ -91,9 +87,7 @@ def folder_sha256(folder: str | Path) -> str:
     """
     digest = hashlib.sha256()
     if not Path(folder).is_dir():
-        raise ValueError(
-            f"tokenizer folder {folder} does not exist; give a local folder with a tokenizer.json"
-        )
+        raise ValueError(f"tokenizer folder {folder} does not exist; give a local folder with a tokenizer.json")
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".json", ".jinja", ".txt", ".model") and path.is_file():
             digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -56,8 +56,6 @@ def settings(corpus_dir: Path) -> DatasetSettings:
 
 
 @pytest.fixture(scope="session")
-def dataset(
-    settings: DatasetSettings, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, DatasetReport]:
+def dataset(settings: DatasetSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatasetReport]:
     folder = tmp_path_factory.mktemp("datasets") / "tiny"
     return folder, build_dataset(settings, folder)

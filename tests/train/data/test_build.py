@@ -110,9 +110,7 @@ def test_an_existing_tokenizer_is_used_and_enters_the_fingerprint(dataset, setti
     reuse = dataclasses.replace(settings, vocab_size=None, tokenizer=str(folder / "tokenizer"))
     reused = build_dataset(reuse, tmp_path / "set")
     for side in ("train", "heldout"):
-        np.testing.assert_array_equal(
-            load_rows(tmp_path / "set" / side).tokens, load_rows(folder / side).tokens
-        )
+        np.testing.assert_array_equal(load_rows(tmp_path / "set" / side).tokens, load_rows(folder / side).tokens)
     assert reused.fingerprint != report.fingerprint
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.add_tokens(["alpha_1"])

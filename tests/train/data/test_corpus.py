@@ -95,9 +95,7 @@ def test_a_json_string_with_a_line_separator_stays_one_conversation(tmp_path):
         ensure_ascii=False,
     )
     (tmp_path / "chat.jsonl").write_text(line, encoding="utf-8")
-    chats = [
-        document for document in both_sides(settings_for(tmp_path)) if isinstance(document, Conversation)
-    ]
+    chats = [document for document in both_sides(settings_for(tmp_path)) if isinstance(document, Conversation)]
     assert [chat.messages[0]["content"] for chat in chats] == ["a\u2028b"]
 
 

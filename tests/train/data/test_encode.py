@@ -24,9 +24,7 @@ FORGETFUL_TEMPLATE = (
 
 def chat(*turns: str) -> Conversation:
     roles = ("user", "assistant")
-    return Conversation(
-        "c:1", tuple({"role": roles[index % 2], "content": text} for index, text in enumerate(turns))
-    )
+    return Conversation("c:1", tuple({"role": roles[index % 2], "content": text} for index, text in enumerate(turns)))
 
 
 @pytest.fixture
@@ -72,10 +70,7 @@ def test_responses_are_the_assistants_words_and_end_tokens_as_transformers_marks
     assert chunk.tokens.tolist() == oracle["input_ids"][:size]
     assert chunk.is_response.tolist() == [bool(mask) for mask in oracle["assistant_masks"][:size]]
     assert not any(oracle["assistant_masks"][size:])
-    assert (
-        tokenizer.decode(chunk.tokens[chunk.is_response].tolist())
-        == "beta\n<|im_end|>def delta(): pass<|im_end|>"
-    )
+    assert tokenizer.decode(chunk.tokens[chunk.is_response].tolist()) == "beta\n<|im_end|>def delta(): pass<|im_end|>"
 
 
 def test_the_prompt_part_is_what_decoding_would_feed(tokenizer):

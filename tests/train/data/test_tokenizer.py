@@ -35,10 +35,7 @@ def test_the_vocabulary_holds_the_special_tokens_and_no_more_ids_than_asked(toke
 
 
 def test_training_twice_gives_the_same_tokenizer(tokenizer):
-    assert (
-        train_tokenizer(TEXTS, vocab_size=330).backend_tokenizer.to_str()
-        == tokenizer.backend_tokenizer.to_str()
-    )
+    assert train_tokenizer(TEXTS, vocab_size=330).backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 def test_an_indent_is_one_token_and_a_digit_is_one_token(tokenizer):

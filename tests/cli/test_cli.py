@@ -1,0 +1,78 @@
+"""The command line on a random model folder: output, exit codes, messages."""
+
+import json
+import sys
+
+import pytest
+
+import idlm_jax
+from idlm_jax import cli
+from tests.support.tiny_tokenizer import lm_with_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "model"
+    idlm_jax.export_hf(lm_with_tokenizer(), path)
+    return path
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["idlm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+        sys.exit(0)
+    return stopped.value.code or 0
+
+
+def test_generate_prints_one_json_object_per_prompt(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "generate", folder, "abc", "de", "--max-tokens", 5, "--dtype", "float32", "--json") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == ["abc", "de"]
+    assert all(len(record["token_ids"]) == 5 for record in records)
+
+
+def test_streaming_prints_the_same_text_as_json(folder, monkeypatch, capsys):
+    options = ["abc", "--max-tokens", 8, "--dtype", "float32"]
+    run(monkeypatch, "generate", folder, *options, "--json")
+    text = json.loads(capsys.readouterr().out)["text"]
+    run(monkeypatch, "generate", folder, *options, "--stream")
+    assert capsys.readouterr().out.removesuffix("\n") == text.rstrip("�")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["abc", "--stride", 0], "stride=0 must lie in 1..16"),
+        (["abc", "--temperature", -1], "temperature=-1.0 must be finite and not negative"),
+        ([""], "prompt 0 is empty"),
+        (["a", "b", "--stream"], "--stream prints one completion"),
+        (["abc", "--chat"], "--chat needs a chat template"),
+        (["abc", "--max-tokens", 10_000], "together they exceed the model's 512 positions"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, "generate", folder, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_folder_is_named(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "generate", tmp_path / "nowhere", "abc") == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_export_writes_a_folder_that_loads_and_refuses_to_overwrite(folder, monkeypatch, capsys, tmp_path):
+    target = tmp_path / "copy"
+    assert run(monkeypatch, "export", folder, target, "--dtype", "float32") == 0
+    assert idlm_jax.load(target, dtype="float32").config == idlm_jax.load(folder, dtype="float32").config
+    assert run(monkeypatch, "export", folder, target) == 2
+    assert "copy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "eval", "demo"])
+def test_every_command_explains_itself(command, monkeypatch, capsys):
+    assert run(monkeypatch, command, "--help") == 0
+    assert len(capsys.readouterr().out) > 400
