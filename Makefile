@@ -18,6 +18,10 @@ pins = constraints/py$$($(1)/bin/python -c 'import sys; print(min(312, 300 + sys
 install = $(1)/bin/pip install --quiet --disable-pip-version-check --constraint $(pins)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
+# Tests mostly compile, on one core each; a file stays in one process, which shares its fixtures and compiled programs.
+WORKERS ?= 2
+parallel := --numprocesses $(WORKERS) --dist loadfile
+
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
@@ -25,13 +29,13 @@ demo: .venv/.runtime  ## train a tiny model, decode with it, check the result (C
 	.venv/bin/idlm demo
 
 test: lint  ## lint and all tests that need no compiler for another machine
-	.venv/bin/pytest
+	.venv/bin/pytest $(parallel)
 
 test-fast: .venv/.dev  ## tests that take seconds
-	.venv/bin/pytest -m "not slow and not compile"
+	.venv/bin/pytest $(parallel) -m "not slow and not compile"
 
 test-next: .venv-next/.dev  ## all tests but parity on Python 3.12 and the newest jax; compile for H200 and TPU
-	.venv-next/bin/pytest -m "not torch" --ignore tests/parity
+	.venv-next/bin/pytest $(parallel) -m "not torch" --ignore tests/parity
 
 lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/ruff check .

@@ -73,6 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (ValueError, NotImplementedError, OSError) as error:
+        # Dataset, checkpoint and config do not fit together, or a file cannot be read or written.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _help_on_keys() -> str:

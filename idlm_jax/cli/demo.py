@@ -38,7 +38,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run, the plot and the exports; replaced.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, typer.Option(help="Training steps of the adapter.", min=1)] = 150,
+    steps: Annotated[int, typer.Option(help="Training steps of the adapter.", min=1)] = 100,
     model: Annotated[Path, typer.Option(help="Folder of the base model.")] = CHECKOUT / "assets" / "tiny-qwen3-py",
     trained: Annotated[
         Path, typer.Option(help="Adapter trained longer by the committed recipe, shown beside the demo's own.")

@@ -113,6 +113,8 @@ def write_tensors(params: nnx.State, specs: Iterable[TensorSpec], file: Path, dt
     except SafetensorError as error:
         # safetensors wraps a full disk in its own class; callers handle files by OSError.
         raise OSError(f"cannot write {file.name}: {error}") from error
+    # safetensors creates files for their owner alone; a server often runs as somebody else.
+    file.chmod(0o644)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

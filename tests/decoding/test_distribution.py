@@ -71,11 +71,11 @@ def p_value(lm: LanguageModel, method: AR | ISD, params: SamplingParams) -> floa
     "method",
     [
         AR(),
-        ISD(stride=2),
+        pytest.param(ISD(stride=2), marks=pytest.mark.slow),
         ISD(stride=3),
-        ISD(stride=4),
+        pytest.param(ISD(stride=4), marks=pytest.mark.slow),
         ISD(stride=3, proposals="argmax"),
-        ISD(stride=4, proposals="argmax"),
+        pytest.param(ISD(stride=4, proposals="argmax"), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -36,8 +36,8 @@ def ids(completions) -> list[list[int]]:
 def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
     lm = request.getfixturevalue(name)
     prompts = random_prompts(200, 20, 11)
-    ar = generate(lm, prompts, AR(), GREEDY)
-    isd = generate(lm, prompts, ISD(stride=stride), GREEDY)
+    ar = generate(lm, prompts, AR(), GREEDY, batch_size=256)
+    isd = generate(lm, prompts, ISD(stride=stride), GREEDY, batch_size=256)
     assert ids(isd) == ids(ar)
     # The claim would be empty if no draft ever survived, or none was ever refused.
     accepted = sum(sum(completion.accepted_by_depth) for completion in isd)

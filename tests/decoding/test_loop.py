@@ -87,7 +87,7 @@ def test_logprobs_are_those_of_the_causal_distribution_without_temperature(lm):
     prompt = [1, 2, 3]
     completion = generate(lm, [prompt], ISD(stride=4), params)[0]
     assert completion.logprobs is not None
-    logits = np.asarray(lm.logits(np.array([prompt + completion.token_ids], np.int32)))[0]
+    logits = np.array(lm.logits(np.array([prompt + completion.token_ids], np.int32)))[0]
     logits[:, lm.config.mask_token_id] = -np.inf
     for index, entry in enumerate(completion.logprobs):
         row = logits[len(prompt) + index - 1].astype(np.float64)

@@ -1,7 +1,6 @@
 """The objective against a dense definition of its own, against what decoding sees, and in LoRA mode."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,139 +9,30 @@ import optax
 import pytest
 from flax import nnx
 
-from idlm_jax.config import LoraConfig
 from idlm_jax.model.attention import causal_attend
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
-from tests.support.tiny_model import TINY, tiny_module
+from tests.support.tiny_model import tiny_module
+from tests.train.dense_definition import (
+    MASK,
+    dense_hidden,
+    dense_layout,
+    dense_terms,
+    jitted,
+    largest_difference,
+    packed_batch,
+    settings,
+    value_and_grads,
+    with_random_adapter,
+)
 from train import objective
 from train.batch import Batch
 from train.objective import (
     LabelRows,
-    ObjectiveSettings,
     RowCounts,
     ar_loss,
     introspective_loss,
     lay_out,
-    measure_acceptance,
 )
-
-MASK = TINY.mask_token_id
-LORA = LoraConfig(rank=3, alpha=6.0)
-
-
-def packed_batch(phase=True):
-    """Row 0: a prompt with its answer, then a chat of two turns, then padding. Row 1: plain text."""
-    prompt, answer = False, True
-    first = [prompt] * 4 + [answer] * 7
-    second = [prompt] * 2 + [answer] * 3 + [prompt] * 2 + [answer] * 3 + [prompt]
-    length = len(first) + len(second) + 3
-    tokens = np.random.default_rng(7).integers(0, MASK, (2, length))
-    tokens[0, 1] = MASK  # a prompt may hold the MASK id
-    tokens[0, -3:] = 0
-    return Batch(
-        tokens=tokens.astype(np.int32),
-        segment_ids=np.array([[1] * len(first) + [2] * len(second) + [0] * 3, [1] * length], np.int32),
-        positions=np.array([[*range(len(first)), *range(len(second)), 0, 0, 0], [*range(length)]], np.int32),
-        is_response=np.array([first + second + [False] * 3, [True] * length]),
-        block_phase=np.array([[7] * len(first) + [4] * len(second) + [0] * 3, [11] * length], np.int32)
-        * np.int32(phase),
-    )
-
-
-def settings(block_length=3, **changes):
-    return ObjectiveSettings(block_length=block_length, **changes)
-
-
-@functools.cache
-def dense_layout(block_length, label_rows, phase=True):
-    """Mask [B, 2L, 2L], labels and scored rows: the definition's sentences as plain loops."""
-    batch = packed_batch(phase)
-    num_rows, length = batch.tokens.shape
-    mask = np.zeros((num_rows, 2 * length, 2 * length), bool)
-    labels = np.full((num_rows, length), -1)
-    noisy_scored = np.zeros((num_rows, length), bool)
-    clean_scored = np.zeros((num_rows, length), bool)
-    for b in range(num_rows):
-        for i in range(length):
-            document = int(batch.segment_ids[b, i])
-            if document == 0:
-                continue
-            offset = int(batch.block_phase[b, i]) % block_length
-            at = int(batch.positions[b, i])
-            block = (at + offset) // block_length
-            for j in range(length):
-                if batch.segment_ids[b, j] != document:
-                    continue
-                other = int(batch.positions[b, j])
-                other_block = (other + offset) // block_length
-                mask[b, length + i, length + j] = other <= at
-                mask[b, i, length + j] = other_block < block
-                mask[b, i, j] = other_block == block and other <= at
-            if i + 1 == length or batch.segment_ids[b, i + 1] != document:
-                continue
-            labels[b, i] = batch.tokens[b, i + 1]
-            here, following = batch.is_response[b, i], batch.is_response[b, i + 1]
-            clean_scored[b, i] = following
-            noisy_scored[b, i] = {
-                LabelRows.MASK_ROWS: here and following,
-                LabelRows.OFFICIAL: here,
-                LabelRows.AUTOMODEL: following,
-            }[label_rows]
-    return mask, labels, noisy_scored, clean_scored
-
-
-def dense_hidden(module, mask, phase=True):
-    batch = packed_batch(phase)
-    noisy = np.where(batch.is_response, MASK, batch.tokens).astype(np.int32)
-    gate = np.concatenate([batch.is_response, np.zeros_like(batch.is_response)], axis=1)
-    hidden, _ = module.hidden_states(
-        jnp.asarray(np.concatenate([noisy, batch.tokens], axis=1)),
-        jnp.asarray(np.concatenate([batch.positions, batch.positions], axis=1)),
-        causal_attend(jnp.asarray(mask)),
-        lora_gate=jnp.asarray(gate) if module.config.lora else None,
-    )
-    return hidden
-
-
-def dense_terms(module, block_length, label_rows=LabelRows.MASK_ROWS, phase=True):
-    """CE_noisy and CE_clean from materialised logits."""
-    mask, labels, *scored = dense_layout(block_length, label_rows, phase)
-    log_probs = jax.nn.log_softmax(module.logits(dense_hidden(module, mask, phase)))
-    halves = jnp.split(log_probs, 2, axis=1)
-    means = []
-    for half, rows in zip(halves, scored, strict=True):
-        b, i = np.nonzero(rows)
-        means.append(-jnp.mean(half[b, i, jnp.asarray(labels[b, i])]))
-    return tuple(means)
-
-
-def with_random_adapter(module):
-    """The same base with an adapter whose B is not zero."""
-    adapted = tiny_module(lora=LORA)
-    nnx.update(adapted, nnx.state(module, nnx.Not(nnx.LoRAParam)))
-    adapter = nnx.state(adapted, nnx.LoRAParam)
-    leaves, tree = jax.tree.flatten(adapter)
-    random = np.random.default_rng(3)
-    leaves = [jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
-    nnx.update(adapted, jax.tree.unflatten(tree, leaves))
-    return adapted
-
-
-def jitted(function, module):
-    """`function(module)`, compiled once instead of operation by operation."""
-    graph, params = nnx.split(module)
-    return jax.jit(lambda params: function(nnx.merge(graph, params)))(params)
-
-
-def value_and_grads(loss_of, module, *, wrt=nnx.Param, has_aux=False):
-    """Loss and gradients with respect to one kind of parameter, compiled."""
-    graph, trained, rest = nnx.split(module, wrt, ...)
-    grad = jax.value_and_grad(lambda trained: loss_of(nnx.merge(graph, trained, rest)), has_aux=has_aux)
-    return jax.jit(grad)(trained)
-
-
-def largest_difference(left, right):
-    return max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
 @pytest.mark.parametrize("label_rows", LabelRows)
@@ -354,43 +244,6 @@ def test_lora_mode_spends_no_head_product_on_clean_rows_going_back(monkeypatch):
     jax.effects_barrier()
     noisy, clean = np.split(np.asarray(seen[0]).reshape(2, -1), 2, axis=1)
     assert noisy.any() and not clean.any()
-
-
-@pytest.mark.parametrize("tile_rows", [7, 512])
-def test_acceptance_equals_materialised_distributions(tile_rows):
-    module, block_length = tiny_module(), 3
-    mask, labels, scored, _ = dense_layout(block_length, LabelRows.MASK_ROWS)
-    noisy, clean = np.split(np.asarray(module.logits(dense_hidden(module, mask)), np.float64), 2, axis=1)
-    length = labels.shape[1]
-    depth = (mask[:, :length, :length] & packed_batch().is_response[:, None]).sum(-1) - 1
-    rows = {}
-    for b, i in zip(*np.nonzero(scored), strict=True):
-        z = {"q": noisy[b, i], "p": clean[b, i]}
-        full = {name: np.exp(x) / np.exp(x).sum() for name, x in z.items()}
-        p, q = (np.delete(full[name], MASK) / np.delete(full[name], MASK).sum() for name in "pq")
-        for name, value in {
-            "acceptance": np.minimum(p, q).sum(),
-            "greedy_acceptance": float(p.argmax() == q.argmax()),
-            "argmax_acceptance": p[q.argmax()],
-            "ce_noisy": -np.log(full["q"][labels[b, i]]),
-            "ce_clean": -np.log(full["p"][labels[b, i]]),
-        }.items():
-            rows.setdefault(name, []).append(value)
-            rows.setdefault(f"{name}/depth_{depth[b, i]}", []).append(value)
-    other_rows = settings(block_length, label_rows=LabelRows.OFFICIAL)
-    metrics = jax.jit(lambda: measure_acceptance(module, packed_batch(), other_rows, tile_rows=tile_rows))()
-    assert metrics.keys() == rows.keys()
-    for name, values in rows.items():
-        assert metrics[name].num_rows == len(values)
-        np.testing.assert_allclose(metrics[name].mean, np.mean(values), rtol=1e-4, atol=1e-6)
-
-
-def test_acceptance_never_holds_the_logits_of_all_rows():
-    module = tiny_module(vocab_size=4001)
-    batch = Batch(*(np.tile(array, (128, 1)) for array in packed_batch()))
-    jitted = jax.jit(lambda: measure_acceptance(module, batch, settings(3), tile_rows=32))
-    # 6,400 rows of one stream: 102 MB if materialised.
-    assert jitted.lower().compile().memory_analysis().temp_size_in_bytes < 0.5 * batch.tokens.size * 4001 * 4
 
 
 @pytest.mark.parametrize("block_length", [0, 16])

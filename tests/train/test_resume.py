@@ -58,6 +58,7 @@ def everything(config: TrainConfig):
     return exported, saved, records
 
 
+@pytest.mark.slow
 def test_killed_twice_equals_uninterrupted_bit_for_bit(dataset, tmp_path):
     changes = {
         "objective": "introspective",
