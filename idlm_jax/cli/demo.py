@@ -87,6 +87,10 @@ def demo(
         console.print(
             method_table(f"with {trained.name}, trained longer by the committed recipe", reports, is_greedy=True)
         )
+    console.print(
+        "[dim]On a CPU every row of a forward costs time, so fewer forwards are no faster; on an accelerator that"
+    )
+    console.print("waits for memory they are the cost. See README.md for what has been measured.[/dim]")
     _side_by_side(console, shown)
 
     exported = out / "hf"
@@ -120,7 +124,7 @@ def _train_config(out: Path, model: Path, steps: int) -> Any:
         dataset=dataclasses.replace(recipe.dataset, path=str(out / "data"), build=build),
         steps=steps,
         save_every=steps,
-        eval_every=max(1, steps // 6),
+        eval_every=max(1, steps // 5),
         batch_size=8,
         eval_batches=4,
         log_every=1,
@@ -147,11 +151,11 @@ def _train(loop: Any, config: Any, steps: int) -> tuple[list[tuple[int, float]],
 
 def _side_by_side(console: Console, lm: idlm_jax.LanguageModel) -> None:
     """The same completions by AR and by ISD, ISD's coloured by forward: one colour, one forward."""
-    colours = ["cyan", "yellow"]
+    colours, width = ["cyan", "yellow"], max(40, min(console.width // 2 - 1, 64))
     for prompt in PROMPTS:
         ar = idlm_jax.generate(lm, [prompt], idlm_jax.AR(), _greedy(40))[0]
         steps = list(idlm_jax.stream_tokens(lm, prompt, idlm_jax.ISD(stride=4), _greedy(40)))
         text = "".join(f"[{colours[i % 2]}]{escape(decode_text(lm, ids))}[/]" for i, ids in enumerate(steps))
-        left = Panel(escape(prompt + ar.text), title=f"AR: {ar.num_forwards} forwards", width=56)
-        right = Panel(escape(prompt) + text, title=f"ISD: {len(steps)} forwards", width=56)
+        left = Panel(escape(prompt + ar.text), title=f"AR: {ar.num_forwards} forwards", width=width)
+        right = Panel(escape(prompt) + text, title=f"ISD: {len(steps)} forwards", width=width)
         console.print(Columns([left, right]))

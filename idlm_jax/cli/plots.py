@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from idlm_jax.cli.tables import method_name
 from idlm_jax.decoding.compare import MethodReport
 
 
@@ -23,14 +24,14 @@ def plot_demo(
     left.set(title="introspective training", xlabel="step", ylabel="CE at MASK rows (nats)")
     middle.plot(*zip(*acceptance, strict=True), marker="o", color="tab:orange")
     middle.set(title="held-out acceptance of a draft", xlabel="step", ylabel="sum of min(p, q)", ylim=(0, None))
-    names = [str(report.method).split("(")[0] + _stride(report) for report in reports]
-    bars = right.bar(names, [report.tokens_per_forward for report in reports], color="tab:green")
+    bars = right.bar(
+        [method_name(report.method) for report in reports],
+        [report.tokens_per_forward for report in reports],
+        color="tab:green",
+    )
     right.bar_label(bars, fmt="%.2f")
+    right.margins(y=0.1)
     right.set(title="same tokens, fewer forwards", ylabel="tokens per forward")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-def _stride(report: MethodReport) -> str:
-    return f" N={report.method.num_masks + 1}" if report.method.num_masks else ""

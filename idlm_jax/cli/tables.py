@@ -5,6 +5,15 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from idlm_jax.decoding.compare import MethodReport
+from idlm_jax.decoding.method import ISD, Method
+
+
+def method_name(method: Method) -> str:
+    """Short name for tables and plots."""
+    if not isinstance(method, ISD):
+        return "AR"
+    kind = "" if (method.proposals, method.rule) == ("sampled", "exact") else f" {method.proposals}, {method.rule}"
+    return f"ISD N={method.stride}{kind}"
 
 
 def method_table(title: str, reports: Sequence[MethodReport], *, is_greedy: bool) -> Table:
@@ -14,7 +23,7 @@ def method_table(title: str, reports: Sequence[MethodReport], *, is_greedy: bool
         table.add_column("same tokens as AR")
     for report in reports:
         row = [
-            str(report.method),
+            method_name(report.method),
             f"{report.tokens_per_forward:.2f}",
             "-" if report.acceptance_rate != report.acceptance_rate else f"{report.acceptance_rate:.2f}",
             f"{report.tokens_per_s:,.0f}",
