@@ -26,6 +26,7 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 96,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="Requests per compiled loop.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Timed repetitions; the median counts.", min=1)] = 1,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "float32",
     output: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
 ) -> None:
@@ -44,7 +45,7 @@ def evaluate(
         idlm_jax.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
         for seed in range(len(prompts))
     ]
-    reports = compare_methods(lm, prompts, methods, params, batch_size=batch_size)
+    reports = compare_methods(lm, prompts, methods, params, batch_size=batch_size, rounds=rounds)
     title = f"{len(prompts)} held-out prompts, {max_tokens} tokens each, temperature {temperature:g}, {dtype}"
     console.print(method_table(title, reports, is_greedy=temperature == 0))
     if output:
