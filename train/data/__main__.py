@@ -120,7 +120,9 @@ def _fail(error: ValueError) -> NoReturn:
 
 def _print_report(folder: Path, report: DatasetReport) -> None:
     state = "already built" if report.was_reused else f"built in {report.build_s:.1f} s"
-    table = Table("", "train", "held out", title=f"{folder}: {state}")
+    # Not the table's title: a long path would be wrapped in the middle.
+    print(f"{folder}: {state}")
+    table = Table("", "train", "held out")
     for column in table.columns[1:]:
         column.justify = "right"
     for label, name in (
