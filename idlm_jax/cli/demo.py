@@ -88,9 +88,10 @@ def demo(
             method_table(f"with {trained.name}, trained longer by the committed recipe", reports, is_greedy=True)
         )
     console.print(
-        "[dim]On a CPU every row of a forward costs time, so fewer forwards are no faster; on an accelerator that"
+        "On a CPU every row of a forward costs time, so fewer forwards are no faster here; on an accelerator that "
+        "waits for memory they are the cost. README.md says what has been measured.",
+        style="dim",
     )
-    console.print("waits for memory they are the cost. See README.md for what has been measured.[/dim]")
     _side_by_side(console, shown)
 
     exported = out / "hf"

@@ -1,6 +1,7 @@
 """The command line on a random model folder: output, exit codes, messages."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -76,3 +77,15 @@ def test_export_writes_a_folder_that_loads_and_refuses_to_overwrite(folder, monk
 def test_every_command_explains_itself(command, monkeypatch, capsys):
     assert run(monkeypatch, command, "--help") == 0
     assert len(capsys.readouterr().out) > 400
+
+
+@pytest.mark.slow
+def test_the_demo_runs_to_its_end_and_leaves_its_files(tmp_path):
+    """In a process of its own, as a user runs it; two steps instead of a hundred."""
+    out = tmp_path / "demo"
+    command = [sys.executable, "-c", "from idlm_jax.cli import main; main()", "demo", "--steps", "2", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "completions identical" in " ".join(done.stdout.split())
+    assert (out / "demo.png").stat().st_size > 10_000
+    assert (out / "hf" / "model.safetensors").is_file()
