@@ -4,8 +4,6 @@ Both end in the same `_commit_and_draft`; a prefill is a forward whose clean row
 to verify. Every function here is pure and traced; the compiled entry points live in `loop.py`.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -52,10 +50,8 @@ def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) ->
     cache = write(state.cache, k[:, :, :num_rows], v[:, :, :num_rows], jnp.zeros_like(prompt_len))
     anchors = jnp.take_along_axis(hidden, state.context_len[:, None, None], axis=1)
     state = state._replace(cache=cache)
-    no_drafts = dataclasses.replace(plan, num_masks=0)
-    return _commit_and_draft(
-        module, plan, no_drafts, state, anchors, hidden[:, num_rows:], jnp.zeros_like(prompt_len)[:, None]
-    )
+    # One anchor and no draft to verify; the one group took no draft for granted.
+    return _commit_and_draft(module, plan, state, anchors, hidden[:, num_rows:], jnp.zeros_like(prompt_len)[:, None])
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
@@ -81,15 +77,12 @@ def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeStat
     # Only clean rows are kept: MASK rows never become context, and rejected ones stay behind `context_len`.
     cache = write(state.cache, k[:, :, :num_clean_rows], v[:, :, :num_clean_rows], state.context_len)
     state = state._replace(cache=cache)
-    return _commit_and_draft(
-        module, plan, plan, state, hidden[:, :num_clean_rows], hidden[:, num_clean_rows:], group_prefix
-    )
+    return _commit_and_draft(module, plan, state, hidden[:, :num_clean_rows], hidden[:, num_clean_rows:], group_prefix)
 
 
 def _commit_and_draft(
     module: Qwen3,
     plan: StepPlan,
-    checked: StepPlan,
     state: DecodeState,
     anchors: Float[Array, "B C D"],
     mask_rows: Float[Array, "B X D"],
@@ -100,13 +93,12 @@ def _commit_and_draft(
     Args:
         module: the model, for its head.
         plan: static description of the step.
-        checked: the same with `num_masks` = drafts verified now: 0 in a prefill.
         state: with the cache already extended.
-        anchors: hidden states of the pending token and of every draft.
+        anchors: hidden states of the pending token and of every draft; of the pending token alone in a prefill.
         mask_rows: hidden states of all MASK groups, group after group.
         group_prefix: drafts that each group took for granted.
     """
-    num_checked = checked.num_masks
+    num_checked = anchors.shape[1] - 1
     raw = remove_token(module.logits(anchors), plan.mask_token_id)
     depths = jnp.arange(num_checked + 1, dtype=jnp.int32)
     commit_at = state.context_len[:, None] + 1 + depths[None]  # where each possible commit lands
