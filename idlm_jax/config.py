@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels.bodies import REFERENCE, Kernels
+
 # Qwen3's tokenizer ends at 151,668 while its embedding holds 151,936 rows: the first free row is the MASK that the
 # published I-DLM checkpoints use, so no tensor has to be resized.
 QWEN3_MASK_TOKEN_ID = 151_669
@@ -64,6 +66,7 @@ class ModelConfig:
         lora: adapter that acts on MASK rows, or None.
         remat: what the backward pass recomputes: "none", "full" (each block) or "dots" (all but matrix products).
         scan_unroll: layers per step of the scan over layers; `num_layers` unrolls it.
+        kernels: the body of every op that has more than one (`pallas_kernels.choose_kernels`).
     """
 
     vocab_size: int
@@ -84,6 +87,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
     remat: Remat = "none"
     scan_unroll: int = 1
+    kernels: Kernels = REFERENCE
 
     def __post_init__(self) -> None:
         for name in (

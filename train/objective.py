@@ -227,9 +227,9 @@ def ar_loss(module: Qwen3, batch: Batch, row_counts: RowCounts | None = None) ->
     is_same_segment = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] != 0)
     visible = is_same_segment & (positions[:, None, :] <= positions[:, :, None])
 
-    def attend(q: Queries, k: Keys, v: Keys, layer_input: Any) -> tuple[Queries, None]:
-        del layer_input
-        return masked_attention(q, k, v, visible), None
+    def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]:
+        del layer
+        return masked_attention(q, k, v, visible), carried
 
     hidden, _ = module.hidden_states(layout.tokens, positions, attend)
     ce = _cross_entropy(module, hidden, layout.labels, layout.is_clean_scored)
@@ -295,8 +295,8 @@ def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
     mask_id = jnp.asarray(_mask_token_id(module), layout.tokens.dtype)
     has_adapter = module.config.lora is not None
 
-    def attend(q: Queries, k: Keys, v: Keys, layer_input: Any) -> tuple[Queries, None]:
-        del layer_input
+    def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]:
+        del layer
         streams = [jnp.split(x, 2, axis=1) for x in (q, k, v)]
         noisy_qkv, clean_qkv = [x[0] for x in streams], [x[1] for x in streams]
         if has_adapter:
@@ -309,7 +309,7 @@ def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
             positions=layout.positions,
             block_start=layout.block_start,
         )
-        return jnp.concatenate(mixed, axis=1), None
+        return jnp.concatenate(mixed, axis=1), carried
 
     noisy_tokens = jnp.where(layout.is_mask, mask_id, layout.tokens)
     gate = jnp.concatenate([layout.is_mask, jnp.zeros_like(layout.is_mask)], axis=1)

@@ -137,8 +137,7 @@ def prepare_batch(
     ends = [length + wanted.max_tokens for length, wanted in zip(prompt_lens, params, strict=True)]
     slots = bucket(len(prompts), smallest=1)
     prefill_rows = bucket(max(prompt_lens), smallest=16)
-    # The last forward may write M rows behind the last token; a prefill writes its padded rows.
-    capacity = bucket(max(max(ends) + method.num_masks, prefill_rows), smallest=64)
+    capacity = bucket(max(max(ends), prefill_rows), smallest=64)
     tokens = np.zeros((slots, capacity), np.int32)
     for slot, prompt in enumerate(prompts):
         tokens[slot, : len(prompt)] = prompt

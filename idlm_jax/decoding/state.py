@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.sampling import SamplingState
-from idlm_jax.model.kv_cache import KVCache, empty_cache
+from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache, contiguous_pages, empty_cache
 
 
 class Finish(enum.IntEnum):
@@ -35,7 +35,8 @@ class DecodeState(NamedTuple):
     """A batch in flight. S is the capacity; positions are absolute and 0-based.
 
     The pending token of slot b is `tokens[b, context_len[b]]`: committed, its keys and values not yet written.
-    Cache entries [0, context_len) belong to the request; anything behind is stale.
+    Cache slots [0, context_len) belong to the request; anything behind is stale. Slots exist for every row that a
+    forward may write, so the page table covers a window more than S.
     """
 
     tokens: Int[Array, "B S"]  # prompt and committed tokens
@@ -51,6 +52,7 @@ class DecodeState(NamedTuple):
     num_proposals: Int[Array, " B"]  # 0 means that the next forward is a cold start
     sampling: SamplingState
     counts: Counts
+    page_table: Int[Array, "B pages"]
     cache: KVCache
 
 
@@ -66,6 +68,7 @@ def initial_state(
     """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done."""
     batch, capacity = tokens.shape
     num_masks = plan.num_masks
+    pages_per_request = -(-(capacity + 2 * num_masks) // PAGE_SIZE)  # the last window starts inside the capacity
     is_idle = jnp.asarray(end) <= jnp.asarray(prompt_len)
 
     def zeros(*shape: int, dtype: type = jnp.int32) -> Array:
@@ -91,5 +94,6 @@ def initial_state(
             accepted=zeros(num_masks),
             accept_prob=zeros(num_masks, dtype=jnp.float32),
         ),
-        cache=empty_cache(config, batch, capacity),
+        page_table=contiguous_pages(batch, pages_per_request),
+        cache=empty_cache(config, batch * pages_per_request),
     )

@@ -21,13 +21,15 @@ from idlm_jax.decoding.sampling import (
 from idlm_jax.decoding.state import Counts, DecodeState, Finish
 from idlm_jax.decoding.verify import Verdict, verify
 from idlm_jax.decoding.window import build_window
-from idlm_jax.model.attention import causal_attend, window_attend
-from idlm_jax.model.kv_cache import write
+from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.transformer import Qwen3
 
 
 def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) -> DecodeState:
     """Reads the prompts, commits each one's first token and drafts behind it, so no decode step starts cold.
+
+    Every prompt is followed by its MASKs at once, so strict causality is all the attention there is; what follows
+    them is padding that nobody sees, in slots that the next forward overwrites.
 
     Args:
         module: the model.
@@ -35,23 +37,23 @@ def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) ->
         state: fresh from `initial_state`.
         num_rows: static length of the padded prompts.
     """
-    prompt_len = state.context_len + 1
-    window = build_window(
-        state.tokens[:, :num_rows],
-        prompt_len,
-        jnp.zeros_like(prompt_len),
-        state.context_len[:, None],
-        plan.num_masks,
-        plan.mask_token_id,
+    prompt_len = (state.context_len + 1)[:, None]
+    index = jnp.arange(num_rows + plan.num_masks, dtype=jnp.int32)[None]
+    is_mask = (index >= prompt_len) & (index < prompt_len + plan.num_masks)
+    prompts = jnp.pad(state.tokens[:, :num_rows], ((0, 0), (0, plan.num_masks)))
+    start = jnp.zeros_like(state.context_len)
+    num_pages = -(-index.shape[1] // state.cache.page_size)
+    hidden, cache = module.hidden_states(
+        jnp.where(is_mask, plan.mask_token_id, prompts),
+        jnp.broadcast_to(index, is_mask.shape),
+        paged_attend(state.page_table[:, :num_pages], start, None, module.config.kernels),
+        carried=state.cache,
+        lora_gate=is_mask,
     )
-    hidden, (k, v) = module.hidden_states(
-        window.tokens, window.positions, causal_attend(window.visible), lora_gate=window.is_mask
-    )
-    cache = write(state.cache, k[:, :, :num_rows], v[:, :, :num_rows], jnp.zeros_like(prompt_len))
-    anchors = jnp.take_along_axis(hidden, state.context_len[:, None, None], axis=1)
-    state = state._replace(cache=cache)
-    # One anchor and no draft to verify; the one group took no draft for granted.
-    return _commit_and_draft(module, plan, state, anchors, hidden[:, num_rows:], jnp.zeros_like(prompt_len)[:, None])
+    # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
+    rows = state.context_len[:, None] + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
+    used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), used[:, :1], used[:, 1:], start[:, None])
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
@@ -67,15 +69,14 @@ def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeStat
         plan.num_masks,
         plan.mask_token_id,
     )
-    hidden, (k, v) = module.hidden_states(
+    hidden, cache = module.hidden_states(
         window.tokens,
         window.positions,
-        window_attend(state.context_len, window.visible),
-        layer_inputs=state.cache.layers,
+        # MASK and rejected rows are written too; `context_len` will not cover them.
+        paged_attend(state.page_table, state.context_len, window.visible, module.config.kernels),
+        carried=state.cache,
         lora_gate=window.is_mask,
     )
-    # Only clean rows are kept: MASK rows never become context, and rejected ones stay behind `context_len`.
-    cache = write(state.cache, k[:, :, :num_clean_rows], v[:, :, :num_clean_rows], state.context_len)
     state = state._replace(cache=cache)
     return _commit_and_draft(module, plan, state, hidden[:, :num_clean_rows], hidden[:, num_clean_rows:], group_prefix)
 

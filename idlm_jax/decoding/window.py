@@ -4,8 +4,8 @@
     holds    pending  drafts       group 0        group 1 ...
     sees     context, pending and drafts up to its own prefix, then its own group's earlier MASKs
 
-AR is the plan without drafts or groups, ISD has one group behind its last draft, and a prefill is an ISD window over
-an empty context whose "drafts" are the rest of the prompt.
+AR is the plan without drafts or groups, and ISD has one group behind its last draft. Row w is written to cache slot
+`start + w`; clean rows stand where they will stay if they are committed.
 """
 
 from typing import NamedTuple

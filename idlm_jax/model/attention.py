@@ -12,7 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.array_types import Hidden, Keys, Queries, RowGate
 from idlm_jax.config import ModelConfig
+from idlm_jax.model.kv_cache import KVCache
 from idlm_jax.model.layers import Projection, RMSNorm, apply_rope
+from pallas_kernels.bodies import Kernels
+from pallas_kernels.paged_attention import paged_attention, write_pages
 
 # `half` is H // 2; jaxtyping cannot derive one argument's axis from an axis that no earlier argument has bound.
 RopeTables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
@@ -20,9 +23,9 @@ RopeTables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 @runtime_checkable  # beartype checks every hint when the tests run
 class Attend(Protocol):
-    """Mixes values for one layer; `layer_input` is that layer's slice of whatever the caller scans over."""
+    """Mixes values for one layer and hands on `carried`, whatever the caller carries from layer to layer."""
 
-    def __call__(self, q: Queries, k: Keys, v: Keys, layer_input: Any) -> tuple[Queries, Any]: ...
+    def __call__(self, q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]: ...
 
 
 class Attention(nnx.Module):
@@ -40,12 +43,18 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config.head_dim, config)
 
     def __call__(
-        self, x: Hidden, rope: RopeTables, attend: Attend, layer_input: Any, lora_gate: RowGate | None
+        self,
+        x: Hidden,
+        rope: RopeTables,
+        attend: Attend,
+        layer: Int[Array, ""],
+        carried: Any,
+        lora_gate: RowGate | None,
     ) -> tuple[Hidden, Any]:
         q = apply_rope(self.q_norm(self.q(x, lora_gate)), rope)
         k = apply_rope(self.k_norm(self.k(x, lora_gate)), rope)
-        mixed, layer_output = attend(q, k, self.v(x, lora_gate), layer_input)
-        return self.o(mixed, lora_gate), layer_output
+        mixed, carried = attend(q, k, self.v(x, lora_gate), layer, carried)
+        return self.o(mixed, lora_gate), carried
 
 
 def attention_scores(q: Queries, k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:
@@ -74,48 +83,37 @@ def masked_attention(
     return mix_values(weights / jnp.where(total > 0, total, 1.0), v)
 
 
-def window_attention(
-    q: Queries,
-    k: Keys,
-    v: Keys,
-    cache: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]],
-    context_len: Int[Array, " B"],
-    visible: Bool[Array, "B T T"],
-) -> Queries:
-    """Attends to the committed context in the cache and to those new rows that `visible` names.
-
-    The new rows are read from `k` and `v`, not from the cache, so the cache stays read-only inside the layer scan
-    and MASK rows need not be written at all.
-
-    Args:
-        q: rotated queries of the window.
-        k: rotated keys of the window.
-        v: values of the window.
-        cache: keys and values of one layer; entries at or past `context_len` are stale and never read.
-        context_len: committed tokens per request.
-        visible: row t may attend to new row u.
-    """
-    cached_k, cached_v = cache
-    batch, rows = q.shape[:2]
-    in_context = jnp.arange(cached_k.shape[1])[None] < context_len[:, None]
-    mask = jnp.concatenate([jnp.broadcast_to(in_context[:, None], (batch, rows, cached_k.shape[1])), visible], axis=-1)
-    return masked_attention(q, jnp.concatenate([cached_k, k], axis=1), jnp.concatenate([cached_v, v], axis=1), mask)
-
-
 def causal_attend(visible: Bool[Array, "B T T"]) -> Attend:
-    """Attention among the given rows alone; hands back their keys and values for a cache."""
+    """Attention among the given rows alone, without a cache."""
 
-    def attend(q: Queries, k: Keys, v: Keys, layer_input: Any) -> tuple[Queries, Any]:
-        del layer_input
-        return masked_attention(q, k, v, visible), (k, v)
+    def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]:
+        del layer
+        return masked_attention(q, k, v, visible), carried
 
     return attend
 
 
-def window_attend(context_len: Int[Array, " B"], visible: Bool[Array, "B T T"]) -> Attend:
-    """Attention over one layer's cache and the window; hands back the window's keys and values."""
+def paged_attend(
+    page_table: Int[Array, "B pages"],
+    context_len: Int[Array, " B"],
+    visible: Bool[Array, "B T T"] | None,
+    kernels: Kernels,
+) -> Attend:
+    """Attention over a `KVCache`, which is carried: the new rows are written first, then read like the rest.
 
-    def attend(q: Queries, k: Keys, v: Keys, layer_input: Any) -> tuple[Queries, Any]:
-        return window_attention(q, k, v, layer_input, context_len, visible), (k, v)
+    Args:
+        page_table: pages of each request, the same in every layer.
+        context_len: committed slots of each request; new row t goes to slot `context_len + t`.
+        visible: which new rows each new row sees; None is strictly causal.
+        kernels: the bodies of the attention op.
+    """
+
+    def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: KVCache) -> tuple[Queries, KVCache]:
+        table = page_table + layer * carried.num_pages
+        pools = carried.k.reshape(-1, *carried.k.shape[2:]), carried.v.reshape(-1, *carried.v.shape[2:])
+        how = {"body": kernels.paged_attention, "interpret": kernels.interpret}
+        pools = write_pages(pools, (k, v), table, context_len, **how)
+        mixed = paged_attention(q, *pools, table, context_len, visible, **how)
+        return mixed, KVCache(pools[0].reshape(carried.k.shape), pools[1].reshape(carried.v.shape))
 
     return attend

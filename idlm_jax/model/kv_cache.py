@@ -1,48 +1,45 @@
-"""Contiguous KV cache: one buffer per kind for all layers, written in place, trimmed by a length and nothing else."""
+"""Paged KV cache: one pool of pages per kind for all layers, written in place, trimmed by a length and nothing else."""
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import ModelConfig
 
+# 64 slots of 128 bfloat16 are 16 KiB a head: one tile of the kernels, and little to waste at the end of a request.
+PAGE_SIZE = 64
+
 
 class KVCache(NamedTuple):
-    """Keys and values of committed tokens.
+    """Keys and values of committed tokens, and of rows that may still be rejected.
 
-    The cache has no length of its own: the owner keeps `context_len` per request, entries in [0, context_len) are
-    committed, and everything behind is stale and will be overwritten. A rejected token is therefore dropped by
-    not moving the length.
+    A pool knows neither requests nor lengths: the owner keeps a page table and a `context_len` per request. Slots in
+    [0, context_len) are committed, everything behind is stale and will be overwritten. A rejected token is therefore
+    dropped by not moving the length.
+
+    Every layer has the same pages, so layer l of a pool viewed as [L * P, ...] is the page table plus l * P: no layer
+    is ever sliced out.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L P K page H"]
+    v: Float[Array, "L P K page H"]
 
     @property
-    def layers(self) -> tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
-        """The pair that the layer scan slices."""
-        return self.k, self.v
+    def num_pages(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[3]
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int) -> KVCache:
-    """Zeros for `batch` requests of at most `capacity` tokens, in the compute dtype."""
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+def empty_cache(config: ModelConfig, num_pages: int, page_size: int = PAGE_SIZE) -> KVCache:
+    """Zeros for `num_pages` pages per layer, in the compute dtype."""
+    shape = (config.num_layers, num_pages, config.num_kv_heads, page_size, config.head_dim)
     return KVCache(jnp.zeros(shape, config.compute), jnp.zeros(shape, config.compute))
 
 
-def write(
-    cache: KVCache, k: Float[Array, "L B T K H"], v: Float[Array, "L B T K H"], start: Int[Array, " B"]
-) -> KVCache:
-    """Puts the T new entries of request b at [start[b], start[b] + T).
-
-    The caller guarantees start + T <= S: `dynamic_update_slice` would otherwise move the write, not refuse it.
-    """
-
-    def one_request(buffer: Array, new: Array, at: Array) -> Array:
-        zero = jnp.zeros_like(at)
-        return jax.lax.dynamic_update_slice(buffer, new, (zero, at, zero, zero))
-
-    put = jax.vmap(one_request, in_axes=(1, 1, 0), out_axes=1)
-    return KVCache(put(cache.k, k, start), put(cache.v, v, start))
+def contiguous_pages(batch: int, pages_per_request: int) -> Int[Array, "B pages"]:
+    """The page table of a pool that is cut into one equal stretch per request."""
+    return jnp.arange(batch * pages_per_request, dtype=jnp.int32).reshape(batch, pages_per_request)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from idlm_jax.array_types import Hidden, Logits, Positions, RowGate, Tokens
 from idlm_jax.config import ModelConfig
@@ -45,11 +45,17 @@ class Block(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs)
 
     def __call__(
-        self, x: Hidden, rope: RopeTables, attend: Attend, layer_input: Any, lora_gate: RowGate | None
+        self,
+        x: Hidden,
+        rope: RopeTables,
+        attend: Attend,
+        layer: Int[Array, ""],
+        carried: Any,
+        lora_gate: RowGate | None,
     ) -> tuple[Hidden, Any]:
-        mixed, layer_output = self.attention(self.attention_norm(x), rope, attend, layer_input, lora_gate)
+        mixed, carried = self.attention(self.attention_norm(x), rope, attend, layer, carried, lora_gate)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x), lora_gate), layer_output
+        return x + self.mlp(self.mlp_norm(x), lora_gate), carried
 
 
 class Qwen3(nnx.Module):
@@ -78,7 +84,7 @@ class Qwen3(nnx.Module):
         positions: Positions,
         attend: Attend,
         *,
-        layer_inputs: Any = None,
+        carried: Any = None,
         lora_gate: RowGate | None = None,
     ) -> tuple[Hidden, Any]:
         """Runs the stack.
@@ -86,28 +92,32 @@ class Qwen3(nnx.Module):
         Args:
             tokens: ids in [0, V).
             positions: rotary position of every row.
-            attend: who sees whom, and what each layer hands back.
-            layer_inputs: pytree with a leading layer axis (a KV cache), one slice to each layer; None for none.
+            attend: who sees whom.
+            carried: pytree that `attend` takes and hands on from layer to layer (a KV cache); None for none.
             lora_gate: rows on which the adapter acts; None leaves it out altogether.
 
         Returns:
-            The normed hidden states, and what `attend` handed back, stacked over layers.
+            The normed hidden states, and `carried` as the last layer left it.
         """
         config = self.config
         rope = rope_tables(positions, config.head_dim, config.rope_theta)
         graph, stacked = nnx.split(self.blocks)
 
-        def layer(x: Hidden, inputs: Any) -> tuple[Hidden, Any]:
-            params, layer_input = inputs
-            return nnx.merge(graph, params)(x, rope, attend, layer_input, lora_gate)
+        def layer(
+            state: tuple[Hidden, Any], inputs: tuple[nnx.State, Int[Array, ""]]
+        ) -> tuple[tuple[Hidden, Any], None]:
+            params, number = inputs
+            x, carried = state
+            return nnx.merge(graph, params)(x, rope, attend, number, carried, lora_gate), None
 
         if config.remat != "none":
             policies = jax.checkpoint_policies
             keep = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=keep)
         x = self.embedding[...][tokens].astype(config.compute)
-        x, outputs = jax.lax.scan(layer, x, (stacked, layer_inputs), unroll=config.scan_unroll)
-        return self.final_norm(x), outputs
+        numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
+        (x, carried), _ = jax.lax.scan(layer, (x, carried), (stacked, numbers), unroll=config.scan_unroll)
+        return self.final_norm(x), carried
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Rows of the output head in compute dtype; the embedding itself when tied."""

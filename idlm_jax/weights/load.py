@@ -16,6 +16,7 @@ from idlm_jax.weights.adapter import load_adapter
 from idlm_jax.weights.assemble import build_state, read_params
 from idlm_jax.weights.checkpoint import open_checkpoint
 from idlm_jax.weights.hf_names import TIED_ALIASES, base_tensors
+from pallas_kernels.bodies import choose_kernels
 
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -28,6 +29,7 @@ def load(
     adapter: str | Path | None = None,
     mesh: Mesh | None = None,
     mask_token_id: int | None = None,
+    kernels: str = "auto",
 ) -> LanguageModel:
     """Loads a Qwen3 checkpoint, or an I-DLM/SDAR-named one, whose tensors are Qwen3's.
 
@@ -40,6 +42,8 @@ def load(
         mesh: mesh with axes "fsdp" and "tensor" (either may be absent), all Auto; None for the default
             device.
         mask_token_id: MASK id for a vocabulary that neither names one nor has Qwen3's spare rows.
+        kernels: "auto" for what is fastest on the default device, or "reference", "triton", "tpu"; the choice is
+            logged.
 
     Returns:
         The model, with its tokenizer when the folder holds one, and the ids that end a completion taken from
@@ -51,13 +55,14 @@ def load(
             folder has no `config.json`.
         WeightsError: lists every tensor that is missing, unexpected, duplicate, mis-shaped or not a float,
             and every unreadable file.
-        ValueError: `config.json` or the adapter does not describe a model that this project computes.
+        ValueError: `config.json` or the adapter does not describe a model that this project computes, or
+            `kernels` is unknown.
         NotImplementedError: the checkpoint uses a feature outside dense Qwen3.
     """
     folder = _local_folder(path)
     hf_config = _read_json(folder / "config.json")
     config = from_hf_config(hf_config, dtype=dtype, mask_token_id=mask_token_id)
-    config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(folder, config))
+    config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(folder, config), kernels=choose_kernels(kernels))
     specs, checkpoint = base_tensors(config), open_checkpoint(folder)
     checkpoint.check(specs, aliases=TIED_ALIASES if config.tie_embeddings else None)
     graph, params = build_state(config, read_params(checkpoint, specs, config, mesh))

@@ -119,13 +119,15 @@ def test_end_of_sequence_ids_stop_unless_ignored():
 
 
 def test_rejected_and_mask_rows_never_enter_the_context(lm):
-    """Poisons every cache entry behind `context_len` between forwards; the tokens must not notice."""
+    """Poisons every cache slot behind `context_len` between forwards; the tokens must not notice."""
     prompt, params = [1, 5, 2], [SamplingParams(max_tokens=25, temperature=0.9, seed=1)]
     prepared = prepare_batch(lm, [prompt], ISD(stride=4), params)
     clean = generate(lm, [prompt], ISD(stride=4), params)[0]
     state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
     while int(state.finish[0]) == Finish.RUNNING:
-        stale = jnp.arange(state.tokens.shape[1]) >= state.context_len[0]
-        cache = jax.tree.map(lambda x, s=stale: jnp.where(s[None, None, :, None, None], 1e4, x), state.cache)
+        # One request, whose pages lie in order: [pages, page] is the order of its slots.
+        slots = jnp.arange(state.cache.num_pages * state.cache.page_size).reshape(-1, state.cache.page_size)
+        stale = (slots >= state.context_len[0])[None, :, None, :, None]
+        cache = jax.tree.map(lambda x, s=stale: jnp.where(s, jnp.nan, x), state.cache)
         state = run_loop(lm.graph, lm.params, prepared.plan, state._replace(cache=cache), jnp.int32(1))
     assert read_completions(lm, state, prepared.prompt_lens, params)[0].token_ids == clean.token_ids

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from idlm_jax.config import LoraConfig, ModelConfig, from_hf_config, to_hf_config
-from idlm_jax.model.attention import causal_attend, masked_attention, window_attend
-from idlm_jax.model.kv_cache import empty_cache, write
+from idlm_jax.model.attention import causal_attend, masked_attention, paged_attend
+from idlm_jax.model.kv_cache import contiguous_pages, empty_cache
 from idlm_jax.model.layers import apply_rope, rope_tables
 from tests.support.tiny_model import randomize_adapter, tiny_config, tiny_lm, tiny_module
 
@@ -45,20 +45,22 @@ def test_an_adapter_acts_on_gated_rows_and_on_later_rows_only():
     assert float(jnp.max(jnp.abs(on[:, 7:] - off[:, 7:]))) > 1e-5
 
 
-def test_cached_windows_equal_one_dense_forward():
+@pytest.mark.parametrize("visible", [None, True])
+def test_cached_windows_equal_one_dense_forward(visible):
     module = tiny_module()
     dense, _ = module.hidden_states(TOKENS, POSITIONS, causal_attend(CAUSAL))
-    cache, done, rows = empty_cache(module.config, 2, 16), 0, []
+    cache, done, rows = empty_cache(module.config, num_pages=8, page_size=4), 0, []
+    page_table = contiguous_pages(2, 4)[:, ::-1]
     for width in (4, 1, 3, 3):
         part = slice(done, done + width)
         start = jnp.full((2,), done, jnp.int32)
-        hidden, (k, v) = module.hidden_states(
+        hidden, cache = module.hidden_states(
             TOKENS[:, part],
             POSITIONS[:, part],
-            window_attend(start, CAUSAL[:, :width, :width]),
-            layer_inputs=cache.layers,
+            paged_attend(page_table, start, visible and CAUSAL[:, :width, :width], module.config.kernels),
+            carried=cache,
         )
-        cache, done = write(cache, k, v, start), done + width
+        done += width
         rows.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(rows, axis=1), dense, rtol=1e-4, atol=1e-5)
 

@@ -84,13 +84,13 @@ def compile_for(mesh: Mesh, fn: Callable[..., Any], *args: Any, **jit_options: A
         The executable: `memory_analysis()` is per device, `as_text()` the optimised HLO.
     """
     jitted = jax.jit(fn, **jit_options)
-    if mesh.devices.flat[0].platform == "tpu":
-        return jitted.lower(*args).compile()
-    # Lowering for CUDA has to be asked for by name, or it seeks a live GPU. Triton kernels read the kind of
-    # device from the abstract mesh. Autotuning would have to run its candidates.
-    with jax.sharding.use_abstract_mesh(_gpu_abstract_mesh(mesh)):
-        lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
-    return lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
+    # Lowering has to be asked for by name, or it seeks a live device. Pallas reads the kind of device from the
+    # abstract mesh.
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    with jax.sharding.use_abstract_mesh(_abstract_mesh(mesh)):
+        lowered = jitted.trace(*args).lower(lowering_platforms=("tpu" if is_tpu else "cuda",))
+    # Autotuning would have to run its candidates.
+    return lowered.compile() if is_tpu else lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
 
 
 def _mesh(devices: Sequence[Any], shape: Sequence[int], axes: Sequence[str]) -> Mesh:
@@ -101,8 +101,12 @@ def _mesh(devices: Sequence[Any], shape: Sequence[int], axes: Sequence[str]) -> 
     return Mesh(np.array(devices[:count]).reshape(shape), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def _gpu_abstract_mesh(mesh: Mesh) -> AbstractMesh:
+def _abstract_mesh(mesh: Mesh) -> AbstractMesh:
     from jax._src.mesh import AbstractDevice  # no public name yet (jax 0.11.2)
 
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    first = mesh.devices.flat[0]
+    if first.platform == "tpu":
+        device = AbstractDevice(device_kind=first.device_kind, num_cores=first.num_cores, platform="tpu")
+    else:
+        device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     return AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)
