@@ -4,8 +4,11 @@ Shows that a program lowers, fits and shards. Shows nothing of speed or of numer
 Needs the packages that `make test-next` installs.
 """
 
+import re
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -71,13 +74,40 @@ def on_mesh(tree: Any, mesh: Mesh, spec: PartitionSpec | Callable[[tuple[Any, ..
     return jax.tree_util.tree_map_with_path(placed, tree)
 
 
-def compile_for(mesh: Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Compiled:
+class Launch(NamedTuple):
+    """One kernel of a compiled GPU program."""
+
+    name: str
+    grid: tuple[int, ...]
+    threads: int
+    shared_memory_bytes: int
+
+
+_LAUNCH = re.compile(r"\] (\S+) grid: \[([\d, ]+)\] threads: \[(\d+),.*shared_memory: (\d+) bytes")
+
+
+def launches_of(mesh: Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> list[Launch]:
+    """The kernels of `fn` compiled for a GPU, in order; those of a loop's body once. Arguments as for `compile_for`."""
+    with tempfile.TemporaryDirectory() as folder:
+        compile_for(mesh, fn, *args, dump=folder, **jit_options)
+        (sequence,) = Path(folder).glob("*.thunk_sequence.txt")
+        found = _LAUNCH.findall(sequence.read_text())
+    return [
+        Launch(name, tuple(int(size) for size in grid.split(",")), int(threads), int(shared))
+        for name, grid, threads, shared in found
+    ]
+
+
+def compile_for(
+    mesh: Mesh, fn: Callable[..., Any], *args: Any, dump: str | None = None, **jit_options: Any
+) -> Compiled:
     """Compiles `fn` for the devices of `mesh`.
 
     Args:
         mesh: from `h200_mesh` or `tpu_mesh`.
         fn: pure function of `args`.
         *args: pytrees of abstract arrays placed by `on_mesh`.
+        dump: folder for what the GPU compiler writes about its work.
         **jit_options: passed to `jax.jit` (donate_argnums, out_shardings, ...).
 
     Returns:
@@ -89,8 +119,11 @@ def compile_for(mesh: Mesh, fn: Callable[..., Any], *args: Any, **jit_options: A
     is_tpu = mesh.devices.flat[0].platform == "tpu"
     with jax.sharding.use_abstract_mesh(_abstract_mesh(mesh)):
         lowered = jitted.trace(*args).lower(lowering_platforms=("tpu" if is_tpu else "cuda",))
+    if is_tpu:
+        return lowered.compile()
     # Autotuning would have to run its candidates.
-    return lowered.compile() if is_tpu else lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
+    options = {"xla_gpu_autotune_level": "0"} | ({"xla_dump_to": dump} if dump else {})
+    return lowered.compile(compiler_options=options)
 
 
 def _mesh(devices: Sequence[Any], shape: Sequence[int], axes: Sequence[str]) -> Mesh:
