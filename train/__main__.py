@@ -1,6 +1,7 @@
 """`python -m train CONFIG [key=value ...]`: one run from one YAML file; the same command again resumes it."""
 
 import argparse
+import logging
 import signal
 import sys
 import textwrap
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint and exit")
     options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pallas_kernels").setLevel(logging.INFO)  # which kernels were chosen
     try:
         config = load_config(options.config, options.overrides)
         if options.print_config:

@@ -161,6 +161,10 @@ class TrainConfig:
         Literal["none", "full", "dots"],
         Field(description="recomputed in the backward pass: less memory, more time"),
     ] = "none"
+    kernels: Annotated[
+        Literal["auto", "reference", "triton", "tpu"],
+        Field(description="implementation of the attention ops; auto: what is fastest on the device"),
+    ] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31, description="initial parameters, order of rows, block phases")] = 0
 
     def __post_init__(self) -> None:

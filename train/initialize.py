@@ -12,6 +12,7 @@ from idlm_jax.config import LoraConfig, ModelConfig
 from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.model.transformer import Qwen3
 from idlm_jax.weights import load
+from pallas_kernels.bodies import choose_kernels
 from train.config import FreshModel, TrainConfig
 
 
@@ -54,10 +55,14 @@ def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Start
     """
     if config.model is not None:
         loaded, hf_config = None, {}
-        model_config = _fresh_config(config.model, tokenizer)
+        model_config = dataclasses.replace(
+            _fresh_config(config.model, tokenizer), kernels=choose_kernels(config.kernels)
+        )
     else:
         assert config.init_from is not None  # TrainConfig admits exactly one of the two
-        loaded = load(config.init_from, dtype=config.param_dtype, mask_token_id=config.mask_token_id)
+        loaded = load(
+            config.init_from, dtype=config.param_dtype, mask_token_id=config.mask_token_id, kernels=config.kernels
+        )
         hf_config = dict(loaded.hf_config)
         model_config = loaded.config
         _check_same_tokenizer(config.init_from, loaded.tokenizer, tokenizer)

@@ -1,5 +1,6 @@
 """`idlm`: the command line. The composition root: it alone may reach up into `train`, which runs from a checkout."""
 
+import logging
 import sys
 
 import typer
@@ -24,6 +25,8 @@ app.command()(demo)
 
 def main() -> None:
     """Runs a command; a refused input ends in one line on stderr and exit code 2, never in a traceback."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pallas_kernels").setLevel(logging.INFO)  # which kernels were chosen
     try:
         app()
     except (ValueError, NotImplementedError, FileNotFoundError, OSError) as error:

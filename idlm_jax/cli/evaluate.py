@@ -28,13 +28,14 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Requests per compiled loop.")] = 16,
     rounds: Annotated[int, typer.Option(help="Timed repetitions; the median counts.", min=1)] = 1,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "float32",
+    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton or tpu.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
 ) -> None:
     """Measures a checkpoint: held-out loss, acceptance by depth, and TPF of ISD against AR.
 
     Exits with 1 if greedy ISD and AR differ in any token.
     """
-    lm = idlm_jax.load(model, dtype=dtype, adapter=adapter)
+    lm = idlm_jax.load(model, dtype=dtype, adapter=adapter, kernels=kernels)
     console = Console()
     means = heldout_means(lm, dataset, block_length=block_length)
     for name, value in means.items():
