@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.array_types import Keys, Queries
-from idlm_jax.model.attention import masked_attention
 from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
-from pallas_kernels.two_stream_attention import two_stream_attention
+from pallas_kernels.two_stream_attention import packed_causal_attention, two_stream_attention
 from train.batch import Batch
 
 
@@ -223,15 +222,22 @@ def ar_loss(module: Qwen3, batch: Batch, row_counts: RowCounts | None = None) ->
         The loss, float32, and `ce_clean`.
     """
     layout = lay_out(batch, ObjectiveSettings(block_length=1))
-    segment_ids, positions = layout.segment_ids, layout.positions
-    is_same_segment = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] != 0)
-    visible = is_same_segment & (positions[:, None, :] <= positions[:, :, None])
+    kernels = module.config.kernels
 
     def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]:
         del layer
-        return masked_attention(q, k, v, visible), carried
+        mixed = packed_causal_attention(
+            q,
+            k,
+            v,
+            segment_ids=layout.segment_ids,
+            positions=layout.positions,
+            body=kernels.two_stream_attention,
+            interpret=kernels.interpret,
+        )
+        return mixed, carried
 
-    hidden, _ = module.hidden_states(layout.tokens, positions, attend)
+    hidden, _ = module.hidden_states(layout.tokens, layout.positions, attend)
     ce = _cross_entropy(module, hidden, layout.labels, layout.is_clean_scored)
     clean = _mean_over(layout.is_clean_scored, ce)
     num_rows = clean.num_rows if row_counts is None else row_counts.clean
@@ -293,21 +299,21 @@ def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings,
 def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
     """Final hidden states of `[x_t | x_0]`, the noisy half first; an adapter acts on the MASK rows."""
     mask_id = jnp.asarray(_mask_token_id(module), layout.tokens.dtype)
-    has_adapter = module.config.lora is not None
+    has_adapter, kernels = module.config.lora is not None, module.config.kernels
 
     def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]:
         del layer
         streams = [jnp.split(x, 2, axis=1) for x in (q, k, v)]
-        noisy_qkv, clean_qkv = [x[0] for x in streams], [x[1] for x in streams]
-        if has_adapter:
-            # The frozen base alone makes the clean rows: their backward pass would only compute zeros.
-            clean_qkv = jax.lax.stop_gradient(clean_qkv)
         mixed = two_stream_attention(
-            *noisy_qkv,
-            *clean_qkv,
+            *(x[0] for x in streams),
+            *(x[1] for x in streams),
             segment_ids=layout.segment_ids,
             positions=layout.positions,
             block_start=layout.block_start,
+            # The frozen base alone makes the clean rows: their backward pass would only compute zeros.
+            clean_grad=not has_adapter,
+            body=kernels.two_stream_attention,
+            interpret=kernels.interpret,
         )
         return jnp.concatenate(mixed, axis=1), carried
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.array_types import Hidden, RowGate
 from idlm_jax.config import ModelConfig
+from pallas_kernels.gated_lora import gated_lora
 
 
 class RMSNorm(nnx.Module):
@@ -26,10 +27,9 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """y = einsum(x, kernel) + gate * scale * (x A) B: a linear map with an optional gated low-rank update.
+    """y = einsum(x, kernel), with an optional low-rank update on gated rows (`gated_lora`).
 
-    The gate acts after the shrink `x A`, so a row whose gate is off gets exactly `+ 0`: its output is bitwise the
-    base model's. Both factors are 2-D, as PEFT stores them.
+    A row whose gate is off has the base model's output bit for bit. Both factors are 2-D, as PEFT stores them.
     """
 
     def __init__(self, in_shape: tuple[int, ...], out_shape: tuple[int, ...], config: ModelConfig, *, rngs: nnx.Rngs):
@@ -55,12 +55,14 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T ..."], gate: RowGate | None) -> Float[Array, "B T ..."]:
         batch, rows = x.shape[:2]
-        x = x.astype(self.compute_dtype).reshape(batch, rows, -1)
-        kernel = self.kernel[...].astype(self.compute_dtype).reshape(x.shape[-1], -1)
-        y = x @ kernel
+        dtype = self.compute_dtype
+        flat = x.astype(dtype).reshape(batch * rows, -1)
+        kernel = self.kernel[...].astype(dtype).reshape(flat.shape[-1], -1)
         if self.lora_scale and gate is not None:
-            shrunk = jnp.where(gate[..., None], x @ self.lora_a[...].astype(self.compute_dtype), 0)
-            y = y + self.lora_scale * (shrunk @ self.lora_b[...].astype(self.compute_dtype))
+            lora_a, lora_b = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
+            y = gated_lora(flat, kernel, lora_a, lora_b, gate.reshape(-1), self.lora_scale)
+        else:
+            y = flat @ kernel
         return y.reshape(batch, rows, *self.out_shape)
 
 

@@ -15,6 +15,7 @@ from idlm_jax.array_types import Hidden, Logits, Positions, RowGate, Tokens
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.attention import Attend, Attention, RopeTables, causal_attend
 from idlm_jax.model.layers import GatedMlp, RMSNorm, rope_tables
+from pallas_kernels.two_stream_attention import SAVED
 
 # Axis letters of every parameter, one entry per array; weight names and sharding rules are both derived from it.
 PARAM_AXES: dict[tuple[str, ...], str] = {
@@ -112,7 +113,11 @@ class Qwen3(nnx.Module):
 
         if config.remat != "none":
             policies = jax.checkpoint_policies
-            keep = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            # Attention is a product with batch dimensions: kept as well, or its forward kernel would run twice.
+            dots = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVED)
+            )
+            keep = dots if config.remat == "dots" else None
             layer = jax.checkpoint(layer, policy=keep)
         x = self.embedding[...][tokens].astype(config.compute)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)

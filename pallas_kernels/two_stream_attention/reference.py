@@ -19,7 +19,7 @@ def two_stream_attention(
 ) -> tuple[Float[Array, "B L N H"], Float[Array, "B L N H"]]:
     """The op as its contract states it; see the package for arguments and rules."""
     # In all masks the second axis is the row that looks, the third the key that is seen.
-    is_same_segment = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] != 0)
+    is_same_segment = _is_same_segment(segment_ids)
     is_past = is_same_segment & (positions[:, None, :] <= positions[:, :, None])
     is_before_block = is_same_segment & (positions[:, None, :] < block_start[:, :, None])
     is_in_block = is_past & (block_start[:, None, :] == block_start[:, :, None])
@@ -30,6 +30,22 @@ def two_stream_attention(
         jnp.concatenate([is_before_block, is_in_block], axis=2),
     )
     return noisy, _attend(q_clean, k_clean, v_clean, is_past)
+
+
+def packed_causal_attention(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B L K H"],
+    v: Float[Array, "B L K H"],
+    *,
+    segment_ids: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+) -> Float[Array, "B L N H"]:
+    """The clean stream alone."""
+    return _attend(q, k, v, _is_same_segment(segment_ids) & (positions[:, None, :] <= positions[:, :, None]))
+
+
+def _is_same_segment(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L L"]:
+    return (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] != 0)
 
 
 def _attend(

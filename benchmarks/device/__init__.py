@@ -1,0 +1,1 @@
+"""The device kit: checks every kernel on the accelerator it finds, times it against floors and rivals, tunes tiles."""

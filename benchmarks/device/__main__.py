@@ -1,0 +1,159 @@
+"""Command line of the device kit: `benchmarks/device/run.sh <part>`."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from benchmarks.device import torch_rivals
+from benchmarks.device.budget import Budget
+from benchmarks.device.case import KERNEL_BODY, Case, setting_of
+from benchmarks.device.cases import OPS, cases_of
+from benchmarks.device.checks import FAIL, check_all
+from benchmarks.device.compiling import Compiler
+from benchmarks.device.floors import measure_floors
+from benchmarks.device.report import Report, default_folder, describe_environment
+from benchmarks.device.speed import time_all
+from benchmarks.device.tuning import tune, winners
+
+DESCRIPTION = """\
+Checks, times and tunes the kernels on the accelerator of this machine.
+
+  run.sh kernels                     every kernel: correct? how fast, against floors and rivals?
+  run.sh kernels --only verify       one op (comma-separated for more)
+  run.sh tune quantized_matmul       tries tile sizes, prints the winners as text for the op's tiles.py
+  run.sh kernels --dry               the same path on a CPU in seconds: tiny shapes, interpreters, no figures
+
+A run ends within --budget-s whatever happens: what no longer fits is listed as "skipped (time)".
+Results: <part>.json with everything and <part>.md to read, in --out.
+Exit status: 0; 1 if a correctness check failed; 2 for a wrong command line.
+"""
+TORCH_RESERVE_S = 75.0
+END_S = 10.0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; exits with status 2 and the parts there are if it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="run.sh", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parts = parser.add_subparsers(dest="part", required=True, metavar="part", help=", ".join(PARTS))
+    for name in PARTS:
+        part = parts.add_parser(name, help=PARTS[name].__doc__, description=PARTS[name].__doc__, allow_abbrev=False)
+        if name == "tune":
+            part.add_argument("op", choices=OPS, help="op whose tiles to try")
+        else:
+            part.add_argument("--only", type=_ops, default=OPS, metavar="OP,..", help=f"of {', '.join(OPS)}")
+        part.add_argument("--shapes", default="", metavar="TEXT", help="only cases whose name holds this text")
+        part.add_argument(
+            "--dry",
+            nargs="?",
+            const="gpu",
+            choices=sorted(KERNEL_BODY),
+            help="on CPU, tiny shapes, the kernels of this platform (default gpu) interpreted; publishes no figure",
+        )
+        part.add_argument("--budget-s", type=float, default=520.0, metavar="S", help="seconds for all (default 520)")
+        part.add_argument(
+            "--out", type=Path, metavar="DIR", help="default: $OUT, else benchmarks/results/<date>-<kind>"
+        )
+    return parser.parse_args(arguments)
+
+
+def _ops(text: str) -> tuple[str, ...]:
+    ops = tuple(text.split(","))
+    unknown = [op for op in ops if op not in OPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: unknown; choose from {', '.join(OPS)}")
+    return ops
+
+
+def run_kernels(options: argparse.Namespace, cases: list[Case], report: Report, budget: Budget) -> None:
+    """Correctness, then speed against floors and rivals."""
+    compiler = Compiler()
+    folder = options.out
+    try:
+        report.floors = measure_floors(is_dry=bool(options.dry))
+        report.write(folder, "kernels")
+        # Speed keeps its share of the time even if compiling for the checks takes long.
+        report.checks = check_all(cases, compiler, budget, reserve_s=0.4 * budget.total_s)
+        report.write(folder, "kernels")
+        reserve_s = END_S if options.dry else END_S + TORCH_RESERVE_S
+        report.speeds = time_all(cases, report.floors, compiler, budget, is_dry=bool(options.dry), reserve_s=reserve_s)
+        report.write(folder, "kernels")
+        if options.dry:
+            report.torch = [{"note": "dry: not run"}]
+        else:
+            specs = [{**case.torch, "case": case.name} for case in cases if case.torch and case.is_timed]
+            report.torch = torch_rivals.run_in_subprocess(specs, budget.left_s - END_S)
+    finally:
+        _finish(compiler, report, budget, folder, "kernels")
+
+
+def run_tune(options: argparse.Namespace, cases: list[Case], report: Report, budget: Budget) -> None:
+    """Times candidate tiles of one op and prints the winners."""
+    compiler = Compiler()
+    try:
+        report.candidates = tune(cases, compiler, budget, is_dry=bool(options.dry))
+        if best := winners(report.candidates):
+            report.tiles_entry = cases[0].table_entry(report.environment["device"], best)
+    finally:
+        _finish(compiler, report, budget, options.out, f"tune_{options.op}")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, list[Case], Report, Budget], None]] = {
+    "kernels": run_kernels,
+    "tune": run_tune,
+}
+
+
+def _finish(compiler: Compiler, report: Report, budget: Budget, folder: Path, part: str) -> None:
+    report.elapsed_s = budget.elapsed_s
+    report.write(folder, part)
+    print(report.markdown())
+    print(f"\n{len(report.checks)} checks, {report.num_failed} failed; {budget.elapsed_s:.0f} s; {folder / part}.json")
+    for check in report.checks:
+        if check.status == FAIL:
+            print(f"FAIL {check.case} {check.program}: {check.problem}")
+    if compiler.close() and sys.exc_info()[0] is None:
+        # The interpreter would wait for a compilation that nobody needs any more.
+        sys.stdout.flush()
+        os._exit(1 if report.num_failed else 0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one part; returns the exit status."""
+    options = parse(arguments)
+    budget = Budget(options.budget_s)
+    if options.dry:
+        jax.config.update("jax_platforms", "cpu")
+        # Interpreted kernels mostly compile; before the backend starts, which reads this once.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    try:
+        setting = setting_of(options.dry or jax.default_backend(), is_dry=bool(options.dry))
+    except ValueError as error:
+        print(f"run.sh: {error}", file=sys.stderr)
+        return 2
+    ops = (options.op,) if options.part == "tune" else options.only
+    cases = [case for op in ops for case in cases_of(op, setting) if options.shapes in case.name]
+    cases.sort(key=lambda case: case.rank)
+    if options.dry:
+        cases = [case for case in cases if case.is_for_dry]
+    if not cases:
+        print(f"no case of {', '.join(ops)} holds {options.shapes!r} in its name", file=sys.stderr)
+        return 2
+    if options.part == "tune" and not any(case.tunings for case in cases):
+        print(f"{options.op} has no tiles to tune at these shapes", file=sys.stderr)
+        return 2
+    environment = describe_environment(shlex.join(["benchmarks/device/run.sh", *arguments]))
+    options.out = options.out or Path(os.environ.get("OUT") or default_folder(environment["device"]))
+    report = Report(environment=environment, is_dry=bool(options.dry))
+    PARTS[options.part](options, cases, report, budget)
+    return 1 if report.num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
