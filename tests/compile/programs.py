@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
-from idlm_jax.config import ModelConfig
+from idlm_jax.config import LoraConfig, ModelConfig
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.sampling import SamplingState
 from idlm_jax.decoding.state import DecodeState, initial_state
@@ -19,6 +19,9 @@ from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache
 from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.bodies import BY_NAME
 from tests.support.deviceless import compile_for, on_mesh
+from train.batch import Batch
+from train.config import load_config
+from train.step import init_state, make_train_step
 
 QWEN3_8B = ModelConfig(
     vocab_size=151_936,
@@ -78,3 +81,28 @@ def compile_decode_step(
 
 def pool_bytes(state: DecodeState) -> int:
     return sum(int(np.prod(each.shape)) * each.dtype.itemsize for each in state.cache)
+
+
+def compile_train_step(mesh: Mesh, *, kernels: str, batch_size: int, length: int, rank: int = 128) -> Compiled:
+    """One donated step of gated LoRA on Qwen3-8B on one device: bfloat16 base, float32 adapter and AdamW."""
+    model_config = dataclasses.replace(
+        QWEN3_8B, kernels=BY_NAME[kernels], remat="full", lora=LoraConfig(rank=rank, alpha=2.0 * rank)
+    )
+    config = load_config(
+        "configs/qwen3_8b_paper.yaml",
+        [f"lora.rank={rank}", f"lora.alpha={2 * rank}", "auto_balance=false", f"batch_size={batch_size}"],
+    )
+    graph, trainable, frozen = nnx.split(
+        nnx.eval_shape(lambda: Qwen3(model_config, rngs=nnx.Rngs(0))), nnx.LoRAParam, ...
+    )
+    trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
+    state = jax.eval_shape(lambda params, frozen: init_state(config, params, frozen), trainable, frozen)
+    index = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    batch = Batch(index, index, index, jax.ShapeDtypeStruct((batch_size, length), jnp.bool_), index)
+    return compile_for(
+        mesh,
+        make_train_step(graph, config),
+        on_mesh(state, mesh, P()),
+        on_mesh(batch, mesh, P()),
+        donate_argnums=0,
+    )
