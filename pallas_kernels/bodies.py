@@ -54,8 +54,8 @@ REFERENCE = Kernels()
 # What each name stands for. A kernel that was measured slower than XLA on its platform does not belong here.
 BY_NAME = {
     "reference": REFERENCE,
-    "triton": Kernels(paged_attention=Body.TRITON, two_stream_attention=Body.TRITON),
-    "tpu": Kernels(paged_attention=Body.TPU, two_stream_attention=Body.TPU),
+    "triton": Kernels(paged_attention=Body.TRITON, two_stream_attention=Body.TRITON, verify=Body.TRITON),
+    "tpu": Kernels(paged_attention=Body.TPU, two_stream_attention=Body.TPU, verify=Body.TPU),
 }
 BY_PLATFORM = {"cpu": "reference", "gpu": "triton", "tpu": "tpu"}
 

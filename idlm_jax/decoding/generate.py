@@ -11,9 +11,10 @@ import numpy as np
 from idlm_jax.decoding.loop import run_loop, run_prefill
 from idlm_jax.decoding.method import ISD, Method, StepPlan
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
-from idlm_jax.decoding.sampling import SamplingParams, SamplingState
+from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.state import DecodeState, Finish, initial_state
 from idlm_jax.model.language_model import LanguageModel
+from pallas_kernels.verify import Sampling
 
 NO_LIMIT = np.iinfo(np.int32).max
 
@@ -149,7 +150,7 @@ def prepare_batch(
     def column(values: Sequence[float | int], fill: float | int, dtype: type) -> np.ndarray:
         return np.array([*values, *[fill] * (slots - len(values))], dtype)
 
-    sampling = SamplingState(
+    sampling = Sampling(
         temperature=jnp.asarray(column([p.temperature for p in params], 0.0, np.float32)),
         top_k=jnp.asarray(column([p.top_k for p in params], 0, np.int32)),
         top_p=jnp.asarray(column([p.top_p for p in params], 1.0, np.float32)),
@@ -158,9 +159,11 @@ def prepare_batch(
     plan = StepPlan(
         num_masks=method.num_masks,
         argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
-        soft_proposal_probs=isinstance(method, ISD) and method.rule == "official",
-        filtered=any(p.top_k > 0 or p.top_p < 1.0 for p in params),
-        num_top_logprobs=max(p.logprobs or 0 for p in params),
+        soft_proposals=isinstance(method, ISD) and method.rule == "official",
+        # A greedy request has nothing to filter.
+        filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0) for p in params),
+        all_greedy=all(p.temperature == 0 for p in params),
+        num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
         mask_token_id=-1 if config.mask_token_id is None else config.mask_token_id,
     )
     # Padding slots: one-token prompts with no budget, done before they start.
@@ -185,16 +188,8 @@ def read_completions(
     lm: LanguageModel, state: DecodeState, prompt_lens: list[int], params: Sequence[SamplingParams]
 ) -> list[Completion]:
     """Fetches a finished batch and describes each request."""
-    tokens, context_len, finish, counts, logprob, top_ids, top_logprobs = jax.device_get(
-        (
-            state.tokens,
-            state.context_len,
-            state.finish,
-            state.counts,
-            state.logprobs,
-            state.top_ids,
-            state.top_logprobs,
-        )
+    tokens, context_len, finish, counts, recorded = jax.device_get(
+        (state.tokens, state.context_len, state.finish, state.counts, state.logprobs)
     )
     completions = []
     for slot, (prompt_len, wanted) in enumerate(zip(prompt_lens, params, strict=True)):
@@ -203,12 +198,12 @@ def read_completions(
         logprobs = None
         if wanted.logprobs is not None:
             logprobs = [
-                TokenLogprob(token, float(logprob[slot, at]), dict(zip(ids, values, strict=True)))
+                TokenLogprob(token, float(recorded.chosen[slot, at]), dict(zip(ids, values, strict=True)))
                 for token, at, ids, values in zip(
                     token_ids,
                     range(prompt_len, span.stop),
-                    top_ids[slot, span, : wanted.logprobs].tolist(),
-                    top_logprobs[slot, span, : wanted.logprobs].tolist(),
+                    recorded.top_ids[slot, span, : wanted.logprobs].tolist(),
+                    recorded.top[slot, span, : wanted.logprobs].tolist(),
                     strict=True,
                 )
             ]

@@ -57,15 +57,23 @@ class StepPlan:
     Attributes:
         num_masks: proposals verified and drafted per forward, M.
         argmax_proposals: draft the most likely token instead of a draw.
-        soft_proposal_probs: record the soft distribution behind an argmax draft (the official rule).
-        filtered: at least one request uses top-k or top-p, so rows must be sorted.
-        num_top_logprobs: alternatives reported per token.
+        soft_proposals: take an argmax draft for a draw from its MASK row's distribution (the official rule).
+        filtered: at least one request uses top-k or top-p, so rows must be searched for thresholds.
+        all_greedy: every request has temperature 0: no random bits, no residuals.
+        num_top_logprobs: alternatives reported per token; None reports no log-probabilities at all.
         mask_token_id: id fed at MASK rows and removed from every distribution; -1 when the model has none.
     """
 
     num_masks: int
     argmax_proposals: bool
-    soft_proposal_probs: bool
+    soft_proposals: bool
     filtered: bool
-    num_top_logprobs: int
+    all_greedy: bool
+    num_top_logprobs: int | None
     mask_token_id: int
+
+    @property
+    def keeps_proposal_logits(self) -> bool:
+        """Whether verification needs the distributions that proposals were drawn from; else they are point masses."""
+        is_drawn = not self.argmax_proposals or self.soft_proposals
+        return self.num_masks > 0 and is_drawn and not self.all_greedy

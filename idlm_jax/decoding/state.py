@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.method import StepPlan
-from idlm_jax.decoding.sampling import SamplingState
 from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache, contiguous_pages, empty_cache
+from pallas_kernels.verify import RowStats, Sampling
 
 
 class Finish(enum.IntEnum):
@@ -31,6 +31,14 @@ class Counts(NamedTuple):
     accept_prob: Float[Array, "B M"]  # sum of min(1, p/q) over the verified
 
 
+class Logprobs(NamedTuple):
+    """Log-probabilities at each position under the causal distribution, before temperature and filters."""
+
+    chosen: Float[Array, "B S"]
+    top_ids: Int[Array, "B S A"]  # A likeliest alternatives
+    top: Float[Array, "B S A"]
+
+
 class DecodeState(NamedTuple):
     """A batch in flight. S is the capacity; positions are absolute and 0-based.
 
@@ -40,17 +48,16 @@ class DecodeState(NamedTuple):
     """
 
     tokens: Int[Array, "B S"]  # prompt and committed tokens
-    logprobs: Float[Array, "B S"]  # of the token at that position, before temperature and filters
-    top_ids: Int[Array, "B S A"]  # A likeliest alternatives
-    top_logprobs: Float[Array, "B S A"]
+    logprobs: Logprobs | None  # None if the plan reports none
     context_len: Int[Array, " B"]
     end: Int[Array, " B"]  # first position that must stay empty: prompt length + max_tokens
     stop_ids: Int[Array, "B E"]  # padded with -1
     finish: Int[Array, " B"]
     proposals: Int[Array, "B M"]
-    proposal_probs: Float[Array, "B M V"]
+    proposal_logits: Float[Array, "B M V"] | None  # what they were drawn from; None for point masses
+    proposal_stats: RowStats | None
     num_proposals: Int[Array, " B"]  # 0 means that the next forward is a cold start
-    sampling: SamplingState
+    sampling: Sampling
     counts: Counts
     page_table: Int[Array, "B pages"]
     cache: KVCache
@@ -63,7 +70,7 @@ def initial_state(
     prompt_len: Int[np.ndarray, " B"],
     end: Int[np.ndarray, " B"],
     stop_ids: Int[np.ndarray, "B E"],
-    sampling: SamplingState,
+    sampling: Sampling,
 ) -> DecodeState:
     """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done."""
     batch, capacity = tokens.shape
@@ -74,17 +81,27 @@ def initial_state(
     def zeros(*shape: int, dtype: type = jnp.int32) -> Array:
         return jnp.zeros((batch, *shape), dtype)
 
+    logprobs = proposal_logits = proposal_stats = None
+    if plan.num_top_logprobs is not None:
+        logprobs = Logprobs(
+            zeros(capacity, dtype=jnp.float32),
+            zeros(capacity, plan.num_top_logprobs),
+            zeros(capacity, plan.num_top_logprobs, dtype=jnp.float32),
+        )
+    if plan.keeps_proposal_logits:
+        proposal_logits = zeros(num_masks, config.vocab_size, dtype=jnp.float32)
+        column = zeros(num_masks, dtype=jnp.float32)
+        proposal_stats = RowStats(top_id=zeros(num_masks), top_logit=column, threshold=column, mass=column)
     return DecodeState(
         tokens=jnp.asarray(tokens),
-        logprobs=zeros(capacity, dtype=jnp.float32),
-        top_ids=zeros(capacity, plan.num_top_logprobs),
-        top_logprobs=zeros(capacity, plan.num_top_logprobs, dtype=jnp.float32),
+        logprobs=logprobs,
         context_len=jnp.asarray(prompt_len) - 1,
         end=jnp.asarray(end),
         stop_ids=jnp.asarray(stop_ids),
         finish=jnp.where(is_idle, jnp.int32(Finish.LENGTH), jnp.int32(Finish.RUNNING)),
         proposals=zeros(num_masks),
-        proposal_probs=zeros(num_masks, config.vocab_size, dtype=jnp.float32),
+        proposal_logits=proposal_logits,
+        proposal_stats=proposal_stats,
         num_proposals=zeros(),
         sampling=sampling,
         counts=Counts(

@@ -4,25 +4,18 @@ Both end in the same `_commit_and_draft`; a prefill is a forward whose clean row
 to verify. Every function here is pure and traced; the compiled entry points live in `loop.py`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from idlm_jax.array_types import Hidden
 from idlm_jax.decoding.method import StepPlan
-from idlm_jax.decoding.sampling import (
-    Purpose,
-    draw,
-    remove_token,
-    request_keys,
-    target_probs,
-    uniforms,
-)
-from idlm_jax.decoding.state import Counts, DecodeState, Finish
-from idlm_jax.decoding.verify import Verdict, verify
+from idlm_jax.decoding.state import Counts, DecodeState, Finish, Logprobs
 from idlm_jax.decoding.window import build_window
 from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.transformer import Qwen3
+from pallas_kernels.verify import Verdict, draft, verify
 
 
 def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) -> DecodeState:
@@ -53,12 +46,11 @@ def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) ->
     # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
     rows = state.context_len[:, None] + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
     used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), used[:, :1], used[:, 1:], start[:, None])
+    return _commit_and_draft(module, plan, state._replace(cache=cache), used, start[:, None])
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
     """One forward for every running slot; finished slots are computed along and left as they are."""
-    num_clean_rows = plan.num_masks + 1
     pending = jnp.take_along_axis(state.tokens, state.context_len[:, None], axis=1)
     group_prefix = state.num_proposals[:, None]  # one group, behind the last draft
     window = build_window(
@@ -77,16 +69,14 @@ def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeStat
         carried=state.cache,
         lora_gate=window.is_mask,
     )
-    state = state._replace(cache=cache)
-    return _commit_and_draft(module, plan, state, hidden[:, :num_clean_rows], hidden[:, num_clean_rows:], group_prefix)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), hidden, group_prefix)
 
 
 def _commit_and_draft(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
-    anchors: Float[Array, "B C D"],
-    mask_rows: Float[Array, "B X D"],
+    hidden: Float[Array, "B W D"],
     group_prefix: Int[Array, "B P"],
 ) -> DecodeState:
     """Turns hidden states into committed tokens and new proposals.
@@ -95,34 +85,48 @@ def _commit_and_draft(
         module: the model, for its head.
         plan: static description of the step.
         state: with the cache already extended.
-        anchors: hidden states of the pending token and of every draft; of the pending token alone in a prefill.
-        mask_rows: hidden states of all MASK groups, group after group.
+        hidden: of the pending token and of every draft (of the pending token alone in a prefill), then of all MASK
+            groups, group after group.
         group_prefix: drafts that each group took for granted.
     """
-    num_checked = anchors.shape[1] - 1
-    raw = remove_token(module.logits(anchors), plan.mask_token_id)
-    depths = jnp.arange(num_checked + 1, dtype=jnp.int32)
-    commit_at = state.context_len[:, None] + 1 + depths[None]  # where each possible commit lands
-    seeds = state.sampling.seed
+    num_anchors = hidden.shape[1] - group_prefix.shape[1] * plan.num_masks
+    num_checked = num_anchors - 1
+    # One product for all rows: the head is read once.
+    logits = module.logits(hidden)
+    anchor_logits = logits[:, :num_anchors]
+    drafts = state.proposals[:, :num_checked]
+    has_logits = plan.keeps_proposal_logits and num_checked > 0
     verdict = verify(
-        target_probs(raw, state.sampling, filtered=plan.filtered),
-        state.proposals[:, :num_checked],
-        state.proposal_probs[:, :num_checked],
+        anchor_logits,
+        drafts,
+        state.proposal_logits if has_logits else None,
+        state.proposal_stats if has_logits else None,
         jnp.minimum(state.num_proposals, num_checked),
-        uniforms(request_keys(seeds, commit_at[:, :-1], Purpose.ACCEPT)),
-        request_keys(seeds, commit_at, Purpose.COMMIT),
+        state.sampling,
+        state.context_len + 1,
+        **_options(module, plan),
     )
-    drafts = jnp.concatenate(
-        [state.proposals[:, :num_checked], jnp.zeros_like(state.proposals, shape=(raw.shape[0], 1))], axis=1
-    )
-    is_final = depths[None] == verdict.accepted_len[:, None]
-    candidates = jnp.where(is_final, verdict.next_token[:, None], drafts)
+    depths = jnp.arange(num_anchors, dtype=jnp.int32)[None]
+    is_final = depths == verdict.accepted_len[:, None]
+    candidates = jnp.where(is_final, verdict.next_token[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
     num_committed, finish = _how_many(state, candidates, verdict.accepted_len)
     is_running = state.finish == Finish.RUNNING
     counts = _count(state, verdict, num_committed, is_running)
-    state = _write_tokens(state, plan, raw, candidates, commit_at, num_committed)
+    state = _write_tokens(state, plan, anchor_logits, candidates, num_committed)
     state = state._replace(context_len=state.context_len + num_committed, finish=finish, counts=counts)
-    return _draft(module, plan, state, mask_rows, group_prefix, verdict.accepted_len)
+    return _draft(module, plan, state, logits[:, num_anchors:], group_prefix, verdict.accepted_len)
+
+
+def _options(module: Qwen3, plan: StepPlan) -> dict[str, Any]:
+    """What `verify` and `draft` are told alike."""
+    kernels = module.config.kernels
+    return {
+        "filtered": plan.filtered,
+        "excluded_id": plan.mask_token_id,
+        "all_greedy": plan.all_greedy,
+        "body": kernels.verify,
+        "interpret": kernels.interpret,
+    }
 
 
 def _how_many(
@@ -170,59 +174,54 @@ def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"]
 def _write_tokens(
     state: DecodeState,
     plan: StepPlan,
-    raw: Float[Array, "B C V"],
+    anchor_logits: Float[Array, "B C V"],
     candidates: Int[Array, "B C"],
-    commit_at: Int[Array, "B C"],
     num_committed: Int[Array, " B"],
 ) -> DecodeState:
-    """Puts committed tokens and their log-probabilities at their absolute positions."""
+    """Puts committed tokens, and their log-probabilities if the plan reports any, at their absolute positions."""
     rows, depths = candidates.shape
-    is_committed = jnp.arange(depths)[None] < num_committed[:, None]
+    depth = jnp.arange(depths, dtype=jnp.int32)[None]
     # One past the end is dropped: the way to write nothing with a fixed shape.
-    at = jnp.where(is_committed, commit_at, state.tokens.shape[1])
+    at = jnp.where(depth < num_committed[:, None], state.context_len[:, None] + 1 + depth, state.tokens.shape[1])
     slot = jnp.broadcast_to(jnp.arange(rows)[:, None], at.shape)
-    log_probs = jax.nn.log_softmax(raw, axis=-1)
+    state = state._replace(tokens=state.tokens.at[slot, at].set(candidates, mode="drop"))
+    if state.logprobs is None or plan.num_top_logprobs is None:
+        return state
+    is_mask_id = jnp.arange(anchor_logits.shape[2])[None, None] == plan.mask_token_id
+    log_probs = jax.nn.log_softmax(jnp.where(is_mask_id, -jnp.inf, anchor_logits), axis=-1)
     chosen = jnp.take_along_axis(log_probs, candidates[..., None], axis=-1)[..., 0]
-    top_logprobs, top_ids = jax.lax.top_k(log_probs, plan.num_top_logprobs)
-    return state._replace(
-        tokens=state.tokens.at[slot, at].set(candidates, mode="drop"),
-        logprobs=state.logprobs.at[slot, at].set(chosen, mode="drop"),
-        top_ids=state.top_ids.at[slot, at].set(top_ids, mode="drop"),
-        top_logprobs=state.top_logprobs.at[slot, at].set(top_logprobs, mode="drop"),
+    top, top_ids = jax.lax.top_k(log_probs, plan.num_top_logprobs)
+    recorded = Logprobs(
+        state.logprobs.chosen.at[slot, at].set(chosen, mode="drop"),
+        state.logprobs.top_ids.at[slot, at].set(top_ids, mode="drop"),
+        state.logprobs.top.at[slot, at].set(top, mode="drop"),
     )
+    return state._replace(logprobs=recorded)
 
 
 def _draft(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
-    mask_rows: Hidden,
+    mask_logits: Float[Array, "B X V"],
     group_prefix: Int[Array, "B P"],
     accepted_len: Int[Array, " B"],
 ) -> DecodeState:
-    """Draws proposals from the group that stands behind exactly the accepted drafts; none means a cold start."""
+    """Takes proposals from the group that stands behind exactly the accepted drafts; none means a cold start."""
     if plan.num_masks == 0:
         return state
     batch, num_groups = group_prefix.shape
     matches = group_prefix == accepted_len[:, None]
-    groups = mask_rows.reshape(batch, num_groups, plan.num_masks, -1)
+    groups = mask_logits.reshape(batch, num_groups, plan.num_masks, -1)
     chosen = jnp.take_along_axis(groups, jnp.argmax(matches, axis=1)[:, None, None, None], axis=1)[:, 0]
-    raw = remove_token(module.logits(chosen), plan.mask_token_id)
-    probs = target_probs(raw, state.sampling, filtered=plan.filtered)
     # MASK k behind the accepted drafts predicts the token k places after the one just committed.
-    draft_at = state.context_len[:, None] + 1 + jnp.arange(plan.num_masks, dtype=jnp.int32)[None]
-    if plan.argmax_proposals:
-        proposals = jnp.argmax(probs, axis=-1).astype(jnp.int32)
-        if not plan.soft_proposal_probs:
-            probs = jax.nn.one_hot(proposals, probs.shape[-1], dtype=probs.dtype)
-    else:
-        proposals = draw(probs, request_keys(state.sampling.seed, draft_at, Purpose.PROPOSE))
-    has_drafts = jnp.any(matches, axis=1) & (state.finish == Finish.RUNNING)
-    return state._replace(
-        proposals=proposals,
-        proposal_probs=probs,
-        num_proposals=jnp.where(has_drafts, plan.num_masks, 0).astype(jnp.int32),
+    proposals, stats = draft(
+        chosen, state.sampling, state.context_len + 1, argmax=plan.argmax_proposals, **_options(module, plan)
     )
+    if plan.keeps_proposal_logits:
+        state = state._replace(proposal_logits=chosen, proposal_stats=stats)
+    has_drafts = jnp.any(matches, axis=1) & (state.finish == Finish.RUNNING)
+    return state._replace(proposals=proposals, num_proposals=jnp.where(has_drafts, plan.num_masks, 0).astype(jnp.int32))
 
 
 def is_running(state: DecodeState) -> Array:

@@ -12,12 +12,12 @@ from jax.stages import Compiled
 
 from idlm_jax.config import LoraConfig, ModelConfig
 from idlm_jax.decoding.method import StepPlan
-from idlm_jax.decoding.sampling import SamplingState
 from idlm_jax.decoding.state import DecodeState, initial_state
 from idlm_jax.decoding.step import decode_step
 from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache
 from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.bodies import BY_NAME
+from pallas_kernels.verify import Sampling
 from tests.support.deviceless import compile_for, on_mesh
 from train.batch import Batch
 from train.config import load_config
@@ -41,7 +41,7 @@ def decode_state(config: ModelConfig, plan: StepPlan, batch: int, capacity: int,
     """An abstract batch whose requests share a pool of `pool_tokens` slots, fewer than all of them could fill."""
 
     def build() -> DecodeState:
-        sampling = SamplingState(
+        sampling = Sampling(
             jnp.zeros(batch), jnp.zeros(batch, jnp.int32), jnp.zeros(batch), jnp.zeros(batch, jnp.uint32)
         )
         lengths = np.zeros(batch, np.int32)
@@ -62,9 +62,10 @@ def compile_decode_step(
     plan = StepPlan(
         num_masks=num_masks,
         argmax_proposals=False,
-        soft_proposal_probs=False,
+        soft_proposals=False,
         filtered=False,
-        num_top_logprobs=0,
+        all_greedy=False,
+        num_top_logprobs=None,
         mask_token_id=151_669,
     )
     graph, params = nnx.split(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0))))

@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 
 from idlm_jax.decoding.method import AR, ISD
-from idlm_jax.decoding.sampling import Purpose, SamplingParams
+from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.model.attention import causal_attend
 from idlm_jax.model.language_model import LanguageModel
+from pallas_kernels.verify import Purpose
 
 
 @dataclasses.dataclass
