@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next lint clean
+.PHONY: help demo test test-fast test-next compiled lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -34,8 +34,11 @@ test: lint  ## lint and all tests that need no compiler for another machine
 test-fast: .venv/.dev  ## tests that take seconds
 	.venv/bin/pytest $(parallel) -m "not slow and not compile"
 
-test-next: .venv-next/.dev  ## all tests but parity on Python 3.12 and the newest jax; compile for H200 and TPU
-	.venv-next/bin/pytest $(parallel) -m "not torch" --ignore tests/parity
+test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: all but parity and slow; compile for H200 and TPU
+	.venv-next/bin/pytest $(parallel) -m "not torch and not slow" --ignore tests/parity
+
+compiled: .venv-next/.dev  ## benchmarks/results/compiled.md: every kernel compiled for H200 and TPU, without either
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-next/bin/python -m benchmarks.compiled
 
 lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/ruff check .
