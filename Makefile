@@ -38,7 +38,7 @@ test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: all but parity an
 	.venv-next/bin/pytest $(parallel) -m "not torch and not slow" --ignore tests/parity
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled.md: every kernel compiled for H200 and TPU, without either
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 .venv-next/bin/python -m benchmarks.compiled
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled
 
 lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/ruff check .
@@ -73,7 +73,9 @@ clean:  ## remove environments, caches and build outputs (never runs/ or out/)
 	touch $@
 
 # The CUDA plugin is installed without its dependencies: a compiler needs neither cuDNN nor NCCL, which are gigabytes.
+# jax-triton likewise: it asks for jax with CUDA.
 .venv-next/.dev: .venv-next/.created pyproject.toml $(wildcard constraints/*.txt)
 	$(call install,.venv-next) --editable ".[dev]" "jax[tpu]"
-	$(call install,.venv-next) --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc
+	$(call install,.venv-next) --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc \
+	    jax-triton triton
 	touch $@

@@ -55,6 +55,8 @@ REFERENCE = Kernels()
 BY_NAME = {
     "reference": REFERENCE,
     "triton": Kernels(paged_attention=Body.TRITON, two_stream_attention=Body.TRITON, verify=Body.TRITON),
+    # For the day when Pallas has no Triton backend, as far as it goes.
+    "jax_triton": Kernels(paged_attention=Body.JAX_TRITON),
     "tpu": Kernels(paged_attention=Body.TPU, two_stream_attention=Body.TPU, verify=Body.TPU),
 }
 BY_PLATFORM = {"cpu": "reference", "gpu": "triton", "tpu": "tpu"}

@@ -28,7 +28,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Requests per compiled loop.")] = 16,
     rounds: Annotated[int, typer.Option(help="Timed repetitions; the median counts.", min=1)] = 1,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "float32",
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton or tpu.")] = "auto",
+    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
 ) -> None:
     """Measures a checkpoint: held-out loss, acceptance by depth, and TPF of ISD against AR.

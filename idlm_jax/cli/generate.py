@@ -36,7 +36,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap each prompt as a user turn in the model's chat template.")] = False,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton or tpu.")] = "auto",
+    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
     stream: Annotated[bool, typer.Option(help="Print text as it is committed (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per completion.")] = False,
 ) -> None:

@@ -9,12 +9,10 @@ arrives.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.bodies import Body, refuse
-from pallas_kernels.paged_attention import reference, tpu, triton
+from pallas_kernels.bodies import Body
+from pallas_kernels.paged_attention import jax_triton, reference, tpu, triton
 from pallas_kernels.paged_attention.rows import MAX_TREE_ROWS
 from pallas_kernels.paged_attention.tiles import TpuTiles, TritonTiles
-
-BODIES = (Body.REFERENCE, Body.TRITON, Body.TPU)
 
 
 def paged_attention(
@@ -54,7 +52,7 @@ def paged_attention(
     Raises:
         ValueError: shapes disagree, N is no multiple of K, or `visible` has more than 64 rows.
         TypeError: `q` and the pages differ in dtype or are not floating, or an index is not of integers.
-        NotImplementedError: the body does not exist or cannot do the shape.
+        NotImplementedError: the body cannot do the shape, or its packages are not installed.
 
     Source: flash-decoding with splits of fixed size. differs: a T x T mask over the new tokens, and any number of
     query tokens through the split path.
@@ -84,10 +82,11 @@ def paged_attention(
         case Body.REFERENCE:
             mask = causal if visible is None else visible
             return reference.paged_attention(q, k_pages, v_pages, page_table, context_len, mask)
-        case Body.TRITON:
+        case Body.TRITON | Body.JAX_TRITON:
             if not isinstance(tiles, TritonTiles | None):
                 raise TypeError(f"{tiles=} are not TritonTiles")
-            return triton.paged_attention(
+            module = triton if body is Body.TRITON else jax_triton
+            return module.paged_attention(
                 q, k_pages, v_pages, page_table, context_len, visible, tiles=tiles, interpret=interpret
             )
         case Body.TPU:
@@ -96,8 +95,6 @@ def paged_attention(
             return tpu.paged_attention(
                 q, k_pages, v_pages, page_table, context_len, visible, tiles=tiles, interpret=interpret
             )
-        case _:
-            raise refuse("paged_attention", body, "does not exist", BODIES)
 
 
 def write_pages(
@@ -122,7 +119,7 @@ def write_pages(
     Raises:
         ValueError: shapes disagree.
         TypeError: the page table or `start` is not of integers.
-        NotImplementedError: the body does not exist or cannot do the shape.
+        NotImplementedError: the body cannot do the shape, or its packages are not installed.
     """
     check_pages(*pages, page_table)
     batch, _, kv_heads, head_dim = new[0].shape
@@ -139,12 +136,11 @@ def write_pages(
                 for of_kind, tokens in zip(pages, new, strict=True)
             )
             return k_pages, v_pages
-        case Body.TRITON:
-            return triton.write_pages(pages, new, page_table, start, interpret=interpret)
+        case Body.TRITON | Body.JAX_TRITON:
+            module = triton if body is Body.TRITON else jax_triton
+            return module.write_pages(pages, new, page_table, start, interpret=interpret)
         case Body.TPU:
             return tpu.write_pages(pages, new, page_table, start, interpret=interpret)
-        case _:
-            raise refuse("write_pages", body, "does not exist", BODIES)
 
 
 def check_pages(k_pages: Array, v_pages: Array, page_table: Array) -> None:

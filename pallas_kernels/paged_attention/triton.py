@@ -13,7 +13,8 @@ Nothing is atomic and every order of summation is fixed by absolute position: ou
 and do not depend on the batch, on capacity or on other requests. They do not depend on T either, as far as a matrix
 product of one row does not depend on the number of rows (`tiles.rows` is the only thing that changes with it).
 
-Refuses: head sizes other than powers of two from 16, page sizes that are no power of two.
+Refuses: head sizes and page sizes other than powers of two from 16 (a tile lies in one page, and a product needs 16
+rows of keys).
 """
 
 import functools

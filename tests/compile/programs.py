@@ -14,11 +14,11 @@ from idlm_jax.config import LoraConfig, ModelConfig
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.state import DecodeState, initial_state
 from idlm_jax.decoding.step import decode_step
+from idlm_jax.deviceless import compile_for, on_mesh
 from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache
 from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.bodies import BY_NAME
 from pallas_kernels.verify import Sampling
-from tests.support.deviceless import compile_for, on_mesh
 from train.batch import Batch
 from train.config import load_config
 from train.step import init_state, make_train_step

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
 from idlm_jax.config import ModelConfig
+from idlm_jax.deviceless import compile_for, h200_mesh, on_mesh, tpu_mesh
 from idlm_jax.model.transformer import PARAM_AXES, Qwen3
-from tests.support.deviceless import compile_for, h200_mesh, on_mesh, tpu_mesh
 
 pytestmark = pytest.mark.compile
 

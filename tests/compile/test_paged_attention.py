@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from idlm_jax.deviceless import compile_and_list, compile_for, h200_mesh, on_mesh, tpu_mesh
 from pallas_kernels.bodies import Body
 from pallas_kernels.paged_attention import paged_attention, write_pages
 from pallas_kernels.paged_attention.shapes import SHAPES
-from tests.support.deviceless import compile_for, h200_mesh, launches_of, on_mesh, tpu_mesh
 
 pytestmark = pytest.mark.compile
 
@@ -37,7 +37,9 @@ def write_arguments(shape, mesh):
 @pytest.mark.parametrize("name", SHAPES)
 def test_attention_compiles_for_sm_90_as_two_kernels(name):
     mesh = h200_mesh()
-    kernels = launches_of(mesh, functools.partial(attend, Body.TRITON), on_mesh(SHAPES[name].abstract(), mesh, P()))
+    _, kernels = compile_and_list(
+        mesh, functools.partial(attend, Body.TRITON), on_mesh(SHAPES[name].abstract(), mesh, P())
+    )
     ours = [kernel for kernel in kernels if kernel.name.startswith("paged_attention")]
     assert [kernel.name for kernel in ours] == ["paged_attention", "paged_attention_combine"]
     # Queries are neither padded nor moved; what may be seen is packed into bits by small kernels.

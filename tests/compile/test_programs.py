@@ -2,8 +2,8 @@
 
 import pytest
 
+from idlm_jax.deviceless import h200_mesh, tpu_mesh
 from tests.compile.programs import compile_decode_step, compile_train_step, pool_bytes
-from tests.support.deviceless import h200_mesh, tpu_mesh
 
 pytestmark = pytest.mark.compile
 

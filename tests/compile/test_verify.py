@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from idlm_jax.deviceless import compile_for, h200_mesh, on_mesh, tpu_mesh
 from pallas_kernels.bodies import Body
 from pallas_kernels.verify import Sampling, draft, verify
 from pallas_kernels.verify.shapes import SHAPES, Shape
-from tests.support.deviceless import compile_for, h200_mesh, on_mesh, tpu_mesh
 
 pytestmark = [
     pytest.mark.compile,

@@ -1,7 +1,8 @@
 """Compiles for an H200 and for TPUs on a machine that has neither: real compilers, bytes per device.
 
 Shows that a program lowers, fits and shards. Shows nothing of speed or of numerics: nothing runs.
-Needs the packages that `make test-next` installs.
+Needs jax 0.11, libtpu, and the CUDA plugin with ptxas, as `make test-next` installs them; set `TPU_SKIP_MDS_QUERY=1`
+and `ALLOW_MULTIPLE_LIBTPU_LOAD=1`, or libtpu asks a metadata server for minutes and locks a chip that is not there.
 """
 
 import re
@@ -86,13 +87,15 @@ class Launch(NamedTuple):
 _LAUNCH = re.compile(r"\] (\S+) grid: \[([\d, ]+)\] threads: \[(\d+),.*shared_memory: (\d+) bytes")
 
 
-def launches_of(mesh: Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> list[Launch]:
-    """The kernels of `fn` compiled for a GPU, in order; those of a loop's body once. Arguments as for `compile_for`."""
+def compile_and_list(
+    mesh: Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any
+) -> tuple[Compiled, list[Launch]]:
+    """`compile_for` a GPU, with the kernels of the program in order, those of a loop's body once."""
     with tempfile.TemporaryDirectory() as folder:
-        compile_for(mesh, fn, *args, dump=folder, **jit_options)
+        compiled = compile_for(mesh, fn, *args, dump=folder, **jit_options)
         (sequence,) = Path(folder).glob("*.thunk_sequence.txt")
         found = _LAUNCH.findall(sequence.read_text())
-    return [
+    return compiled, [
         Launch(name, tuple(int(size) for size in grid.split(",")), int(threads), int(shared))
         for name, grid, threads, shared in found
     ]
@@ -122,7 +125,9 @@ def compile_for(
     if is_tpu:
         return lowered.compile()
     # Autotuning would have to run its candidates.
-    options = {"xla_gpu_autotune_level": "0"} | ({"xla_dump_to": dump} if dump else {})
+    options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
+    if dump:
+        options["xla_dump_to"] = dump
     return lowered.compile(compiler_options=options)
 
 
