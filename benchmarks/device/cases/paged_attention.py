@@ -1,6 +1,7 @@
 """Attention over pages and the writes into them, against contiguous attention."""
 
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def _attention(setting: Setting, name: str, shape: Shape) -> Case:
         rank=0 if name in HEADLINE else 1,
         is_for_dry=setting.is_dry,
         make_inputs=make_inputs,
-        programs={body.value: of(body) for body in setting.bodies},
+        programs={body.value: of(body) for body in (*setting.bodies, *_also(setting))},
         truth=truth,
         tolerance=FLOAT32 if is_float32 else TOLERANCE,
         reference_tolerance=TF32 if is_float32 else None,
@@ -79,6 +80,12 @@ def _attention(setting: Setting, name: str, shape: Shape) -> Case:
         },
         tunings=_tunings(setting, of) if setting.is_dry or name in TUNED else {},
     )
+
+
+def _also(setting: Setting) -> tuple[Body, ...]:
+    """The Triton-language body, where its packages are; it has no interpreter."""
+    has_packages = all(importlib.util.find_spec(name) for name in ("jax_triton", "triton"))
+    return (Body.JAX_TRITON,) if Body.TRITON in setting.bodies and has_packages and not setting.is_dry else ()
 
 
 def _rivals(setting: Setting, shape: Shape) -> dict[str, Rival]:
