@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
+from train.curriculum import Span, Stage, check_shares, cut_steps
+
 # The official code's names for two keys; accepted on the way in, never written out.
 ALIASES = {"ce_alpha": "clean_loss_weight", "loss_auto_balance": "auto_balance"}
 
@@ -108,7 +110,7 @@ class TrainConfig:
     output_dir: Annotated[str, Field(description="parent of all run folders")] = "runs"
     objective: Annotated[
         Literal["ar", "introspective"],
-        Field(description="ar: next token; introspective: CE_noisy + clean_loss_weight * CE_clean"),
+        Field(description="ar: next token; introspective: CE_noisy (+ KL, TV) + clean_loss_weight * CE_clean"),
     ] = "introspective"
     init_from: Annotated[str | None, Field(description="Hugging Face folder or hub id to start from")] = None
     model: Annotated[FreshModel | None, Field(description="or the shape of a model that starts random")] = None
@@ -132,6 +134,23 @@ class TrainConfig:
     random_block_phase: Annotated[
         bool, Field(description="shift each document's block grid at random: every token at every depth")
     ] = False
+
+    kl_weight: Annotated[
+        float,
+        Field(ge=0, description="of KL(p || q) in the noisy loss: the clean stream teaches the noisy one"),
+    ] = 0.0
+    tv_weight: Annotated[
+        float,
+        Field(ge=0, description="of the total variation of p and q, likewise: 1 - expected acceptance"),
+    ] = 0.0
+    depth_weights: Annotated[
+        tuple[float, ...],
+        Field(description="factors on the noisy loss of the 1st, 2nd, ... MASK of a block; empty: all 1"),
+    ] = ()
+    curriculum: Annotated[
+        tuple[Stage, ...],
+        Field(description="stages of the run, each with its own warm-up and decay; empty: one stage"),
+    ] = ()
 
     steps: Annotated[int, Field(ge=1, description="optimizer steps of the whole run")]
     batch_size: Annotated[int, Field(ge=1, description="packed rows per optimizer step, over all devices")]
@@ -162,7 +181,7 @@ class TrainConfig:
         Field(description="recomputed in the backward pass: less memory, more time"),
     ] = "none"
     kernels: Annotated[
-        Literal["auto", "reference", "triton", "tpu"],
+        Literal["auto", "reference", "triton", "tpu", "jax_triton"],
         Field(description="implementation of the attention ops; auto: what is fastest on the device"),
     ] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31, description="initial parameters, order of rows, block phases")] = 0
@@ -184,6 +203,62 @@ class TrainConfig:
                 "param_dtype=bfloat16 without lora would round away small updates; keep float32 parameters "
                 "and set compute_dtype=bfloat16"
             )
+        self._check_curriculum()
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        extra = [self.kl_weight, self.tv_weight, *self.depth_weights]
+        extra += [weight for stage in self.curriculum for weight in (stage.kl_weight, stage.tv_weight)]
+        if self.objective == "ar" and any(extra):
+            raise ValueError("kl_weight, tv_weight and depth_weights need objective=introspective: ar has no drafts")
+        if any(weight < 0 for weight in self.depth_weights):
+            raise ValueError(f"depth_weights={list(self.depth_weights)} must not be negative")
+        if self.depth_weights and len(self.depth_weights) != self.block_length:
+            raise ValueError(
+                f"depth_weights={list(self.depth_weights)} needs one weight per MASK of a block: "
+                f"block_length={self.block_length}"
+            )
+        if any(span.depth_weights and not any(span.depth_weights) for span in self.spans):
+            raise ValueError(f"depth_weights={list(self.depth_weights)} leaves a whole block without weight")
+
+    def _check_curriculum(self) -> None:
+        if not self.curriculum:
+            return
+        if self.objective == "ar":
+            raise ValueError("curriculum needs objective=introspective: ar has no blocks")
+        lengths = [stage.block_length for stage in self.curriculum]
+        if lengths[-1] != self.block_length or max(lengths) != self.block_length:
+            raise ValueError(
+                f"curriculum has block lengths {lengths}: none may exceed the run's block_length="
+                f"{self.block_length}, and the last must equal it, for that is what evaluation measures"
+            )
+        check_shares(self.curriculum)
+        empty = [span.number for span in self.spans if span.start == span.stop]
+        if empty:
+            raise ValueError(f"curriculum: stage {empty[0]} has no step: steps={self.steps} are too few for its share")
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The stages in order, nothing left open; a run without a curriculum has one."""
+        stages = self.curriculum or (Stage(block_length=self.block_length),)
+        stops = cut_steps(stages, self.steps)
+        return tuple(
+            Span(
+                number=number,
+                start=start,
+                stop=stop,
+                block_length=stage.block_length,
+                auto_balance=self.auto_balance if stage.auto_balance is None else stage.auto_balance,
+                kl_weight=self.kl_weight if stage.kl_weight is None else stage.kl_weight,
+                tv_weight=self.tv_weight if stage.tv_weight is None else stage.tv_weight,
+                depth_weights=self.depth_weights[: stage.block_length],
+            )
+            for number, (stage, start, stop) in enumerate(zip(stages, (0, *stops), stops, strict=False), 1)
+        )
+
+    def span_of(self, step: int) -> Span:
+        """The stage that trains when `step` steps have been taken: a function of the step alone."""
+        return next(span for span in self.spans if step < span.stop)
 
     @property
     def run_dir(self) -> Path:

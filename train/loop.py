@@ -16,6 +16,7 @@ from idlm_jax.weights import export_adapter, export_hf
 from train.batch import Batch
 from train.checkpoint import Checkpoints
 from train.config import ConfigError, TrainConfig, load_config, to_yaml
+from train.curriculum import Span, describe_span
 from train.data import (
     DatasetReport,
     DatasetSettings,
@@ -95,8 +96,8 @@ def run_training(
         if done == config.steps:
             return TrainResult(done, True, _export(config, start, state, echo, overwrite=False), {})
 
-        step_fn = jax.jit(make_train_step(start.graph, config), donate_argnums=0)
-        compiled = step_fn.lower(state, _blank_batch(config, report)).compile()
+        span = config.span_of(done)
+        compiled = _compile_step(config, span, start, state, report)
         for line in _describe_plan(config, report, start, state, compiled.memory_analysis()):
             echo(line)
         evaluate = functools.partial(_evaluate, config, make_eval_step(start.graph, config))
@@ -104,6 +105,13 @@ def run_training(
         with MetricsLog(config.run_dir, done) as log:
             reporter = StepReporter(log, config, on_step, echo)
             for step in range(done + 1, config.steps + 1):
+                if step > span.stop:
+                    # Compiling is no part of any step's time.
+                    reporter.flush()
+                    span = config.span_of(step - 1)
+                    compiled = _compile_step(config, span, start, state, report)
+                    echo(f"stage {span.number} of {len(config.spans)} begins: {describe_span(span)}")
+                    reporter.restart_clock()
                 state, metrics = compiled(state, jax.tree.map(jnp.asarray, next(data)))
                 reporter.push(step, metrics)
                 is_last, is_stopping = step == config.steps, should_stop()
@@ -201,6 +209,13 @@ def _restore(checkpoints: Checkpoints, state: TrainState, data: Any) -> TrainSta
     return state._replace(**checkpoints.restore(_saved(state), data))
 
 
+def _compile_step(
+    config: TrainConfig, span: Span, start: StartingPoint, state: TrainState, report: DatasetReport
+) -> jax.stages.Compiled:
+    step_fn = jax.jit(make_train_step(start.graph, config, span), donate_argnums=0)
+    return step_fn.lower(state, _blank_batch(config, report)).compile()
+
+
 def _blank_batch(config: TrainConfig, report: DatasetReport) -> Batch:
     shape = (config.batch_size, report.settings.max_seq_len)
     ints = jnp.zeros(shape, jnp.int32)
@@ -221,7 +236,7 @@ def _evaluate(
     result = {name: float(term.mean) for name, term in total.items()}
     loss = result["ce_clean"]
     if config.objective == "introspective":
-        loss = result["ce_noisy"] + result["alpha"] * result["ce_clean"]
+        loss = result["loss_noisy"] + result["alpha"] * result["ce_clean"]
     return {"loss": loss, **result}
 
 
@@ -254,8 +269,10 @@ def _describe_plan(
     yield (
         f"plan       {config.steps:,} steps x {config.batch_size} rows = {config.steps * tokens:,} tokens "
         f"({tokens:,} per step, {epochs:.2f} epochs)"
-        + (f", each MASK block {config.block_length} long" if config.objective == "introspective" else "")
     )
+    if config.objective == "introspective":
+        for span in config.spans:
+            yield f"stage {span.number}    {describe_span(span)}"
 
 
 def _export(config: TrainConfig, start: StartingPoint, state: TrainState, echo: Echo, *, overwrite: bool) -> Path:

@@ -1,12 +1,10 @@
 """What training minimises: cross-entropy on a noisy and on a clean stream; and how well the two agree.
 
-Owns noising, the block grid, which rows are scored, the loss and the acceptance measure. Knows nothing of
-optimizers, steps or devices. Every document of length L runs as `[x_t | x_0]`: x_0 the clean tokens, x_t the
-same with each response token replaced by MASK, both at positions 0..L-1. Row i is scored on token i+1.
+Owns the losses and the acceptance measure. Knows nothing of optimizers, steps or devices. Which rows are fed
+and scored is `train.layout`'s.
 """
 
 import dataclasses
-import enum
 from typing import Any, NamedTuple
 
 import jax
@@ -16,46 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 from idlm_jax.array_types import Keys, Queries
 from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.linear_distillation import linear_distillation
 from pallas_kernels.two_stream_attention import packed_causal_attention, two_stream_attention
 from train.batch import Batch
-
-
-class LabelRows(enum.Enum):
-    """Which noisy rows are scored, among those whose next token lies in the same document.
-
-    MASK_ROWS: MASK rows whose next token is a response token: the rows that decoding drafts from.
-    OFFICIAL: rows at response positions, so also an answer's last row, where the document goes on after it.
-    AUTOMODEL: rows whose next token is a response token, so also the last prompt row, which is no MASK.
-
-    Clean rows are scored alike under all three: where the next token is a response token.
-    """
-
-    MASK_ROWS = "mask_rows"
-    OFFICIAL = "official"
-    AUTOMODEL = "automodel"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveSettings:
-    """How the two streams are laid out and weighed.
-
-    Attributes:
-        block_length: MASK positions per block, 1..15: the largest stride that will run, minus one.
-        clean_weight: alpha in CE_noisy + alpha * CE_clean; not read under `auto_balance`.
-        auto_balance: alpha = stop_gradient(CE_noisy / CE_clean) instead.
-        label_rows: which noisy rows are scored.
-    """
-
-    block_length: int
-    clean_weight: float = 0.2
-    auto_balance: bool = False
-    label_rows: LabelRows = LabelRows.MASK_ROWS
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.block_length <= 15:
-            raise ValueError(f"{self.block_length=} must be in 1..15: strides go from 2 to 16")
-        if not 0 <= self.clean_weight < float("inf"):
-            raise ValueError(f"{self.clean_weight=} must be finite and not negative")
+from train.layout import LabelRows, Layout, ObjectiveSettings, RowCounts, lay_out
 
 
 class RowMean(NamedTuple):
@@ -73,96 +35,21 @@ class RowMean(NamedTuple):
 Metrics = dict[str, RowMean]
 
 
-class RowCounts(NamedTuple):
-    """Scored rows per stream, float32: the denominators of the loss."""
-
-    noisy: Float[Array, ""]
-    clean: Float[Array, ""]
-
-
-class Layout(NamedTuple):
-    """All that can be read off a batch without a forward; every array [B, L].
-
-    Attributes:
-        tokens: x_0.
-        positions: of the rows of either half.
-        segment_ids: document of each row; 0 is padding.
-        is_mask: the noisy row is fed MASK; decided by the token's role, never by its id: a prompt may hold
-            the MASK id.
-        block_start: position at which the row's block starts; 0 or less in the first block, which therefore
-            has no clean context.
-        depth: MASKs before this row in its own block, 0..b-1: the row of decoding's draft `depth + 1`. It is
-            the position inside the block, except where prompt tokens or a shifted grid take the first places.
-        labels: the next token; 0 where there is none.
-        is_noisy_scored: the noisy row has a label that counts.
-        is_clean_scored: the clean row has one.
-    """
-
-    tokens: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
-    segment_ids: Int[Array, "B L"]
-    is_mask: Bool[Array, "B L"]
-    block_start: Int[Array, "B L"]
-    depth: Int[Array, "B L"]
-    labels: Int[Array, "B L"]
-    is_noisy_scored: Bool[Array, "B L"]
-    is_clean_scored: Bool[Array, "B L"]
-
-    def count_rows(self) -> RowCounts:
-        return RowCounts(_count(self.is_noisy_scored), _count(self.is_clean_scored))
-
-
-def lay_out(batch: Batch, settings: ObjectiveSettings) -> Layout:
-    """Noises a batch, cuts it into blocks and marks the scored rows.
-
-    Position i of a document with grid offset o = phase % b lies in block k = (i + o) // b, which starts at
-    k*b - o.
-
-    Args:
-        batch: packed documents; the tokens of one document are neighbours, in order.
-        settings: `block_length` and `label_rows` are read.
-    """
-    tokens, segment_ids, positions, is_response, phase = (jnp.asarray(array) for array in batch)
-    block_length = settings.block_length
-    offset = phase % block_length
-    block_start = (positions + offset) // block_length * block_length - offset
-
-    depth = jnp.zeros(tokens.shape, jnp.int32)
-    for distance in range(1, block_length):
-        is_same_block = (_before(segment_ids, distance) == segment_ids) & (
-            _before(block_start, distance) == block_start
-        )
-        depth += (is_same_block & _before(is_response, distance)).astype(jnp.int32)
-
-    has_next = (segment_ids != 0) & (_next(segment_ids) == segment_ids)
-    predicts_response = has_next & _next(is_response)
-    match settings.label_rows:
-        case LabelRows.MASK_ROWS:
-            is_noisy_scored = is_response & predicts_response
-        case LabelRows.OFFICIAL:
-            is_noisy_scored = is_response & has_next
-        case LabelRows.AUTOMODEL:
-            is_noisy_scored = predicts_response
-    return Layout(
-        tokens=tokens,
-        positions=positions,
-        segment_ids=segment_ids,
-        is_mask=is_response,
-        block_start=block_start,
-        depth=depth,
-        labels=_next(tokens),
-        is_noisy_scored=is_noisy_scored,
-        is_clean_scored=predicts_response,
-    )
-
-
 def introspective_loss(
     module: Qwen3, batch: Batch, settings: ObjectiveSettings, row_counts: RowCounts | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
-    """CE_noisy + alpha * CE_clean from one forward over [x_t | x_0], each a mean over its own scored rows.
+    """Noisy loss + alpha * CE_clean from one forward over [x_t | x_0], each a mean over its own scored rows.
+
+    noisy loss = 1 / N sum_r w[depth of r] (CE[r] + kl_weight KL(p || q)[r] + tv_weight TV(p, q)[r])
+
+    over the N scored noisy rows, counted without their weights w, so that a weight of 2 is twice the gradient.
+    q is the noisy stream's distribution at the row, p the clean stream's, both for the same token and both as
+    decoding takes them: without the MASK id. p is a constant target. TV is one minus the chance that a draft
+    from q is accepted at temperature 1. A row fed a prompt token (`LabelRows.AUTOMODEL`) is no draft: it has
+    weight 1 and neither KL nor TV.
 
     With an adapter (`config.lora`) the base counts as frozen: the adapter acts on MASK rows alone, clean rows
-    are the base's own, the loss is CE_noisy, and nothing is differentiated through the clean stream.
+    are the base's own, the loss is the noisy one, and nothing is differentiated through the clean stream.
 
     Args:
         module: the model; its config names the MASK id.
@@ -170,43 +57,55 @@ def introspective_loss(
         settings: layout and weights.
         row_counts: denominators to use instead of this batch's own. Given the counts of a whole step
             (`lay_out(...).count_rows()`), the losses and gradients of its micro-batches add up to the step's:
-            exactly for a fixed alpha; an automatic one stays each micro-batch's own ratio of means.
+            exactly for a fixed alpha; an automatic one is each micro-batch's own ratio of means, because the
+            step's is known only after all their forwards.
 
     Returns:
-        The loss, float32, and its terms: `ce_noisy`, `ce_clean`, `ce_noisy/depth_<d>` (MASK rows only) and
-        `alpha`, the weight that CE_clean had in this loss: 0 with an adapter.
+        The loss, float32, and its terms: `loss_noisy` as above, and without depth weights `ce_noisy`,
+        `ce_clean`, `kl` and `tv` (where one of the two has a weight), `<name>/depth_<d>` of the noisy ones
+        (MASK rows only) and `alpha`, the weight that CE_clean had in this loss: 0 with an adapter.
 
     Raises:
         ValueError: the model has no MASK id.
 
     Source: I-DLM (arXiv 2604.11035), automatic alpha included. differs: scored rows default to those that
-    decoding reads (`LabelRows`).
+    decoding reads (`LabelRows`); KL, TV and depth weights are ours.
     """
     layout = lay_out(batch, settings)
+    hidden = two_stream_hidden(module, layout)
     ce = _cross_entropy(
         module,
-        two_stream_hidden(module, layout),
+        hidden,
         jnp.tile(layout.labels, (1, 2)),
         jnp.concatenate([layout.is_noisy_scored, layout.is_clean_scored], axis=1),
     )
     ce_noisy, ce_clean = jnp.split(ce, 2, axis=1)
-    noisy = _mean_over(layout.is_noisy_scored, ce_noisy)
-    clean = _mean_over(layout.is_clean_scored, ce_clean)
+    is_noisy, is_draft = layout.is_noisy_scored, layout.is_draft_scored
+    weights = layout.row_weights(settings.depth_weights) if settings.depth_weights else jnp.ones_like(ce_noisy)
+    weighted_ce, clean = _mean_over(is_noisy, weights * ce_noisy), _mean_over(layout.is_clean_scored, ce_clean)
+
+    metrics = {"ce_noisy": _mean_over(is_noisy, ce_noisy), "ce_clean": clean}
+    metrics |= _means_by_depth("ce_noisy", ce_noisy, is_draft, layout.depth, settings.block_length)
+    noisy = weighted_ce
+    if settings.kl_weight or settings.tv_weight:
+        divergences = _divergences(module, hidden, is_draft)
+        for name, values in divergences.items():
+            metrics[name] = _mean_over(is_draft, values)
+            metrics |= _means_by_depth(name, values, is_draft, layout.depth, settings.block_length)
+        extra = settings.kl_weight * divergences["kl"] + settings.tv_weight * divergences["tv"]
+        noisy = _mean_over(is_noisy, weights * (ce_noisy + extra))
 
     if module.config.lora is not None:
         # Clean rows then get a cotangent of 0, and the head's backward pass drops such rows.
         alpha = jnp.float32(0)
     elif settings.auto_balance:
         # The floor only matters for a batch without a scored clean row, whose CE_clean is 0.
-        alpha = jax.lax.stop_gradient(noisy.mean / jnp.maximum(clean.mean, 1e-6))
+        alpha = jax.lax.stop_gradient(weighted_ce.mean / jnp.maximum(clean.mean, 1e-6))
     else:
         alpha = jnp.float32(settings.clean_weight)
     counts = row_counts or layout.count_rows()
     loss = noisy.total / jnp.maximum(counts.noisy, 1.0) + alpha * clean.total / jnp.maximum(counts.clean, 1.0)
-
-    metrics = {"ce_noisy": noisy, "ce_clean": clean, "alpha": RowMean(alpha, jnp.float32(1))}
-    is_draft = layout.is_noisy_scored & layout.is_mask
-    metrics |= _means_by_depth("ce_noisy", ce_noisy, is_draft, layout.depth, settings.block_length)
+    metrics |= {"loss_noisy": noisy, "alpha": RowMean(alpha, jnp.float32(1))}
     return loss, jax.lax.stop_gradient(metrics)
 
 
@@ -344,18 +243,23 @@ def _cross_entropy(
     return loss.reshape(labels.shape)
 
 
-def _next(array: Array) -> Array:
-    """Every row's right neighbour; 0 or False past the end."""
-    return jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
-
-
-def _before(array: Array, distance: int) -> Array:
-    """The row `distance` places to the left; 0 or False past the start."""
-    return jnp.pad(array, ((0, 0), (distance, 0)))[:, : array.shape[1]]
-
-
 def _count(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
     return jnp.sum(is_counted, dtype=jnp.float32)
+
+
+def _divergences(
+    module: Qwen3, hidden: Float[Array, "B T D"], is_draft: Bool[Array, "B L"]
+) -> dict[str, Float[Array, "B L"]]:
+    """`kl` and `tv` of the noisy from the clean stream per row, 0 on rows that are no scored draft."""
+    noisy, clean = (half.reshape(-1, hidden.shape[-1]) for half in jnp.split(hidden, 2, axis=1))
+    kl, tv = linear_distillation(
+        noisy,
+        jax.lax.stop_gradient(clean),
+        module.head_weight(),
+        is_draft.reshape(-1).astype(jnp.float32),
+        excluded_id=_mask_token_id(module),
+    )
+    return {"kl": kl.reshape(is_draft.shape), "tv": tv.reshape(is_draft.shape)}
 
 
 def _mean_over(is_counted: Bool[Array, "B L"], values: Float[Array, "B L"]) -> RowMean:

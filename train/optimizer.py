@@ -14,17 +14,24 @@ from train.config import TrainConfig
 def learning_rate(config: TrainConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     """The rate of one step: rises linearly to `config.learning_rate`, then falls along a half cosine to zero.
 
-    rate = peak * (step + 1) / (warmup + 1) during the warm-up, so that the first step already moves.
+    rate = peak * (step + 1) / (warmup + 1) during the warm-up, so that the first step already moves. Every stage
+    of a curriculum rises and falls anew, as the separate runs it stands for would; Adam's moments go on.
 
     Args:
-        config: the run; its warm-up lasts `round(warmup_ratio * steps)` steps.
+        config: the run; the warm-up of a stage lasts `round(warmup_ratio * its steps)` steps.
         step: steps already taken, 0 at the first.
     """
-    warmup = round(config.warmup_ratio * config.steps)
     peak = config.learning_rate
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        init_value=peak / (warmup + 1), peak_value=peak, warmup_steps=warmup, decay_steps=config.steps
-    )
+    schedules = []
+    for span in config.spans:
+        length = span.stop - span.start
+        warmup = round(config.warmup_ratio * length)
+        schedules.append(
+            optax.schedules.warmup_cosine_decay_schedule(
+                init_value=peak / (warmup + 1), peak_value=peak, warmup_steps=warmup, decay_steps=length
+            )
+        )
+    schedule = optax.schedules.join_schedules(schedules, [span.stop for span in config.spans[:-1]])
     # Optax mixes weak and strong dtypes in its schedules and in Adam's bias correction.
     with jax.numpy_dtype_promotion("standard"):
         return jnp.asarray(schedule(step), jnp.float32)

@@ -12,16 +12,9 @@ from jaxtyping import Array, Float, Int, Shaped
 from idlm_jax.model.transformer import Qwen3
 from train.batch import Batch
 from train.config import TrainConfig
-from train.objective import (
-    LabelRows,
-    Metrics,
-    ObjectiveSettings,
-    RowCounts,
-    ar_loss,
-    introspective_loss,
-    lay_out,
-    measure_acceptance,
-)
+from train.curriculum import Span
+from train.layout import LabelRows, ObjectiveSettings, RowCounts, lay_out
+from train.objective import Metrics, ar_loss, introspective_loss, measure_acceptance
 from train.optimizer import learning_rate, make_optimizer, update
 
 LossFn = Callable[[Qwen3, Batch, RowCounts], tuple[Float[Array, ""], Metrics]]
@@ -49,36 +42,44 @@ def init_state(config: TrainConfig, params: nnx.State, frozen: nnx.State) -> Tra
     return TrainState(jnp.int32(0), params, frozen, make_optimizer(config).init(params))
 
 
-def objective_settings(config: TrainConfig) -> ObjectiveSettings:
-    """The part of a run's config that the objective reads."""
+def objective_settings(config: TrainConfig, span: Span) -> ObjectiveSettings:
+    """The part of a run's config that the objective reads, in one of the run's stages."""
     return ObjectiveSettings(
-        block_length=config.block_length,
+        block_length=span.block_length,
         clean_weight=config.clean_loss_weight,
-        auto_balance=config.auto_balance,
+        auto_balance=span.auto_balance,
         label_rows=LabelRows(config.label_rows),
+        kl_weight=span.kl_weight,
+        tv_weight=span.tv_weight,
+        depth_weights=span.depth_weights,
     )
 
 
 def make_train_step(
-    graph: nnx.GraphDef[Qwen3], config: TrainConfig
+    graph: nnx.GraphDef[Qwen3], config: TrainConfig, span: Span | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Builds the step of a run, to be jitted with its state donated.
+    """Builds the step of a run, or of one stage of its curriculum, to be jitted with its state donated.
 
     A batch is cut into `gradient_accumulation_steps` parts of every n-th row, one after the other. Their
     losses use the scored rows of the *whole* batch as denominators, so gradients and metrics are those of
-    the uncut batch whatever the parts hold. The one exception is `auto_balance`, whose alpha is each part's
-    own ratio.
+    the uncut batch whatever the parts hold. The one exception is `auto_balance`: its alpha is each part's own
+    ratio, and `alpha` reports their mean. The batch's ratio is known only after the forwards of all parts, so
+    it would take every one of them a second forward, or two gradients kept apart; the official code takes the
+    ratio of each part, too.
 
     Args:
         graph: static half of the model, compiled in.
         config: the run.
+        span: the stage; None: the last, which is the only one without a curriculum.
 
     Returns:
         `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss`, the objective's
-        terms, `lr`, `grad_norm` (before clipping), `tokens` (padding excluded) and `supervised_tokens`
-        (rows with a label in the stream being trained).
+        terms, `lr`, `grad_norm` (before clipping), `tokens` (padding excluded), `supervised_tokens` (rows
+        with a label in the stream being trained) and with a curriculum `stage`, 1 for the first.
     """
-    optimizer, settings, loss_fn = make_optimizer(config), objective_settings(config), _loss_fn(config)
+    span = span or config.spans[-1]
+    settings, stage = objective_settings(config, span), {"stage": jnp.float32(span.number)}
+    optimizer, loss_fn = make_optimizer(config), _loss_fn(config, settings)
     parts = config.gradient_accumulation_steps
 
     def loss_of(
@@ -113,6 +114,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "tokens": jnp.sum(batch.segment_ids != 0).astype(jnp.float32),
             "supervised_tokens": trained_rows,
+            **(stage if config.curriculum else {}),
         }
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
@@ -122,9 +124,11 @@ def make_train_step(
 def make_eval_step(graph: nnx.GraphDef[Qwen3], config: TrainConfig) -> Callable[[nnx.State, nnx.State, Batch], Metrics]:
     """Builds the jitted measurement of a held-out batch: loss terms, and acceptance where there is one.
 
-    The result of several batches adds up field by field, to means over all their rows.
+    The result of several batches adds up field by field, to means over all their rows. A curriculum's last
+    stage is what is measured from the start: one yardstick for the whole run.
     """
-    settings, loss_fn = objective_settings(config), _loss_fn(config)
+    settings = objective_settings(config, config.spans[-1])
+    loss_fn = _loss_fn(config, settings)
 
     @jax.jit
     def evaluate(params: nnx.State, frozen: nnx.State, batch: Batch) -> Metrics:
@@ -138,10 +142,9 @@ def make_eval_step(graph: nnx.GraphDef[Qwen3], config: TrainConfig) -> Callable[
     return evaluate
 
 
-def _loss_fn(config: TrainConfig) -> LossFn:
+def _loss_fn(config: TrainConfig, settings: ObjectiveSettings) -> LossFn:
     if config.objective == "ar":
         return ar_loss
-    settings = objective_settings(config)
     return lambda module, batch, counts: introspective_loss(module, batch, settings, counts)
 
 

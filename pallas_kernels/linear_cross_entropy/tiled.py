@@ -1,6 +1,6 @@
 """The op in tiles of rows, in plain XLA: a loop that ends with the last row that matters.
 
-The rows that matter are numbered first (`_compact`). The trip count is therefore data, which autodiff cannot
+The rows that matter are numbered first (`compact`). The trip count is therefore data, which autodiff cannot
 reverse: forward and backward are two loops under one `custom_vjp`.
 """
 
@@ -8,7 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.row_tiles import compact, put, take, tile_index
 
 Residuals = tuple[Float[Array, "R D"], Float[Array, "V D"], Int[Array, " R"], Float[Array, " R"], Float[Array, " R"]]
 
@@ -32,17 +34,17 @@ def _forward(
     row_weights: Float[Array, " R"],
     tile_rows: int,
 ) -> tuple[tuple[Float[Array, " R"], Float[Array, " R"]], Residuals]:
-    index, num_tiles = _compact(row_weights != 0, tile_rows)
+    index, num_tiles = compact(row_weights != 0, tile_rows)
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     # A negative label would count from the end; past the end it reads NaN, as any other label outside [0, V).
     targets = jnp.where(labels < 0, vocab_size, labels)
 
     def tile(number: Int[Array, ""], outputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows = _tile_index(index, number, tile_rows)
-        logits = _tile_logits(_take(hidden, rows), weight)
+        rows = tile_index(index, number, tile_rows)
+        logits = _tile_logits(take(hidden, rows), weight)
         lse = jax.nn.logsumexp(logits, axis=-1)
-        at_label = jnp.take_along_axis(logits, _take(targets, rows)[:, None], axis=1, mode="fill", fill_value=jnp.nan)
-        return _put(outputs[0], rows, lse - at_label[:, 0]), _put(outputs[1], rows, lse)
+        at_label = jnp.take_along_axis(logits, take(targets, rows)[:, None], axis=1, mode="fill", fill_value=jnp.nan)
+        return put(outputs[0], rows, lse - at_label[:, 0]), put(outputs[1], rows, lse)
 
     zeros = jnp.zeros((num_rows,), jnp.float32)
     loss, lse = jax.lax.fori_loop(0, num_tiles, tile, (zeros, zeros))
@@ -55,20 +57,20 @@ def _backward(
     hidden, weight, labels, row_weights, lse = residuals
     loss_bar, lse_bar = cotangents
     # A row whose loss nobody differentiates (a metric, a frozen stream) is dropped as well.
-    index, num_tiles = _compact((row_weights != 0) & ((loss_bar != 0) | (lse_bar != 0)), tile_rows)
+    index, num_tiles = compact((row_weights != 0) & ((loss_bar != 0) | (lse_bar != 0)), tile_rows)
     ids = jnp.arange(weight.shape[0], dtype=labels.dtype)[None]
 
     def tile(number: Int[Array, ""], grads: tuple[Array, Array]) -> tuple[Array, Array]:
-        rows = _tile_index(index, number, tile_rows)
-        tile_hidden = _take(hidden, rows)
-        probs = jnp.exp(_tile_logits(tile_hidden, weight) - _take(lse, rows)[:, None])
-        to_loss = _take(loss_bar, rows)[:, None]
-        at_label = jnp.where(ids == _take(labels, rows)[:, None], to_loss, 0.0)
+        rows = tile_index(index, number, tile_rows)
+        tile_hidden = take(hidden, rows)
+        probs = jnp.exp(_tile_logits(tile_hidden, weight) - take(lse, rows)[:, None])
+        to_loss = take(loss_bar, rows)[:, None]
+        at_label = jnp.where(ids == take(labels, rows)[:, None], to_loss, 0.0)
         # Cast so that both products run in the dtype of the inputs; their sums stay float32.
-        logits_bar = ((to_loss + _take(lse_bar, rows)[:, None]) * probs - at_label).astype(hidden.dtype)
+        logits_bar = ((to_loss + take(lse_bar, rows)[:, None]) * probs - at_label).astype(hidden.dtype)
         hidden_bar = jnp.einsum("RV,VD->RD", logits_bar, weight, preferred_element_type=jnp.float32)
         weight_bar = jnp.einsum("RV,RD->VD", logits_bar, tile_hidden, preferred_element_type=jnp.float32)
-        return _put(grads[0], rows, hidden_bar.astype(hidden.dtype)), grads[1] + weight_bar
+        return put(grads[0], rows, hidden_bar.astype(hidden.dtype)), grads[1] + weight_bar
 
     zeros = jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(weight.shape, jnp.float32)
     hidden_bar, weight_bar = jax.lax.fori_loop(0, num_tiles, tile, zeros)
@@ -76,32 +78,6 @@ def _backward(
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
-
-
-def _compact(is_kept: Bool[Array, " R"], tile_rows: int) -> tuple[Int[Array, " P"], Int[Array, ""]]:
-    """Numbers of the kept rows, ascending, then numbers past the end; and how many tiles hold a kept row.
-
-    Reads past the end give 0 and writes there are dropped, so the last tile needs no mask of its own.
-    """
-    num_rows = is_kept.shape[0]
-    num_kept = jnp.sum(is_kept, dtype=jnp.int32)
-    places = jnp.arange(-(-num_rows // tile_rows) * tile_rows, dtype=jnp.int32)
-    kept = jnp.nonzero(is_kept, size=places.size, fill_value=0)[0].astype(jnp.int32)
-    # Distinct and ascending past the end too, so that gathers and scatters may be declared sorted and unique.
-    index = jnp.where(places < num_kept, kept, num_rows + places)
-    return index, (num_kept + tile_rows - 1) // tile_rows
-
-
-def _tile_index(index: Int[Array, " P"], number: Int[Array, ""], tile_rows: int) -> Int[Array, " I"]:
-    return jax.lax.dynamic_slice_in_dim(index, number * tile_rows, tile_rows)
-
-
-def _take(array: Array, rows: Int[Array, " I"]) -> Array:
-    return array.at[rows].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-
-
-def _put(array: Array, rows: Int[Array, " I"], values: Array) -> Array:
-    return array.at[rows].set(values, mode="drop", unique_indices=True, indices_are_sorted=True)
 
 
 def _tile_logits(tile_hidden: Float[Array, "I D"], weight: Float[Array, "V D"]) -> Float[Array, "I V"]:

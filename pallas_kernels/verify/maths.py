@@ -21,8 +21,9 @@ SIGN = np.int32(-(2**31))
 NOT_SIGN = np.int32(2**31 - 1)
 INF = np.float32(np.inf)
 
-# Thresholds, and the smallest logit that weighs anything (None: every id counts 1) -> weight strictly above each one.
-WeightAbove = Callable[[list[Array], Array | None], list[Array]]
+# Thresholds [R, 16], and the smallest logit that weighs anything (None: every id counts 1) -> weight strictly above
+# each one.
+WeightAbove = Callable[[Array, Array | None], Array]
 
 
 class Top(NamedTuple):
@@ -171,7 +172,7 @@ def point_mass(ids: Int[Array, "R V"], token: Int[Array, "R 1"]) -> Float[Array,
 
 
 def _find(
-    weight_above: Callable[[list[Array]], list[Array]],
+    weight_above: Callable[[Array], Array],
     limit: Callable[[Array], Array],
     like: Top,
     num_digits: int,
@@ -183,28 +184,27 @@ def _find(
     apart.
 
     Args:
-        weight_above: weight strictly above each of 16 keys.
+        weight_above: weight strictly above each of 16 keys, [R, 16] to [R, 16].
         limit: of the total weight.
         like: gives the shape of a column.
         num_digits: 8 for float32; 4 suffice when the floats are bfloat16 numbers.
         unroll: whether the passes are unrolled.
     """
+    slot = jax.lax.broadcasted_iota(jnp.int32, (like.id.shape[0], NUM_SLOTS), 1)
+    is_total = slot == NUM_SLOTS - 1
 
     def settle(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         image, weight = carry
         shift = (32 - DIGIT_BITS) - DIGIT_BITS * jnp.asarray(step, jnp.int32)
         below = jax.lax.shift_left(jnp.int32(1), shift) - jnp.int32(1)
-        candidates = [image | jax.lax.shift_left(jnp.int32(digit), shift) | below for digit in range(NUM_SLOTS - 1)]
-        everything = jnp.full_like(image, SIGN)
-        *above, total = weight_above([*(candidate ^ SIGN for candidate in candidates), everything])
-        weight = jnp.where(step == 0, total, weight)
-        most = limit(total)
-        digit = jnp.zeros_like(image)
-        for above_candidate in above:
-            is_too_low = above_candidate >= most
-            digit += is_too_low.astype(jnp.int32)
-            # What lies above the last candidate that is too low lies at or above the digit after it.
-            weight = jnp.where(is_too_low, above_candidate, weight)
+        candidates = image | jax.lax.shift_left(slot, jnp.broadcast_to(shift, slot.shape)) | below
+        above = weight_above(jnp.where(is_total, SIGN, candidates ^ SIGN))
+        total = jnp.sum(jnp.where(is_total, above, np.float32(0.0)), axis=1, keepdims=True)
+        is_too_low = (above >= limit(total)) & ~is_total
+        digit = jnp.sum(is_too_low.astype(jnp.int32), axis=1, keepdims=True)
+        # What lies above the last candidate that is too low, the least of them, lies at or above the digit after it.
+        least = jnp.min(jnp.where(is_too_low, above, INF), axis=1, keepdims=True)
+        weight = jnp.where(digit > 0, least, jnp.where(step == 0, total, weight))
         return image | jax.lax.shift_left(digit, jnp.broadcast_to(shift, digit.shape)), weight
 
     start = (jnp.zeros_like(like.id), jnp.zeros_like(like.logit))

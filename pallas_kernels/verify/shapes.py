@@ -19,7 +19,6 @@ SHAPES: dict[str, Shape] = {
     "qwen3_ar_b1": Shape(requests=1, num_masks=0, vocab_size=QWEN3_VOCAB),
     "qwen3_stride4_b1": Shape(requests=1, num_masks=3, vocab_size=QWEN3_VOCAB),
     "qwen3_stride8_b64": Shape(requests=64, num_masks=7, vocab_size=QWEN3_VOCAB),
-    "qwen3_stride4_b64_bf16": Shape(requests=64, num_masks=3, vocab_size=QWEN3_VOCAB, dtype="bfloat16"),
     "tiny_model_b5": Shape(requests=5, num_masks=2, vocab_size=4096),
 }
 # Smaller than a tile, ragged, and several tiles with a ragged end; for the interpreters.

@@ -132,13 +132,20 @@ def _stats_kernel(
     top = each_chunk(join_top, maths.Top(zeros - maths.INF, jnp.zeros((rows, 1), jnp.int32), zeros))
     stats = RowStats(top.id, top.logit, zeros - maths.INF, top.mass)
     if filtered:
+        slot = jax.lax.broadcasted_iota(jnp.int32, (rows, maths.NUM_SLOTS), 1)
 
-        def weight_above(thresholds: list[Array], floor: Array | None) -> list[Array]:
+        def weight_above(thresholds: Array, floor: Array | None) -> Array:
+            columns = [thresholds[:, number : number + 1] for number in range(maths.NUM_SLOTS)]
+
             def add(number: Array, weights: list[Array]) -> list[Array]:
-                more = maths.tile_weight_above(load(number)[0], top.logit, temperature, thresholds, floor)
+                more = maths.tile_weight_above(load(number)[0], top.logit, temperature, columns, floor)
                 return [weight + other for weight, other in zip(weights, more, strict=True)]
 
-            return each_chunk(add, [zeros] * len(thresholds))
+            weights = each_chunk(add, [zeros] * maths.NUM_SLOTS)
+            above = jnp.zeros(slot.shape, jnp.float32)
+            for number, weight in enumerate(weights):
+                above = jnp.where(slot == number, weight, above)
+            return above
 
         num_digits = 4 if logits_ref.dtype == jnp.bfloat16 else 8
         stats = maths.filtered_stats(

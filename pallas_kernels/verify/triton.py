@@ -51,14 +51,12 @@ def row_stats(
     stats = RowStats(top.id, top.logit, jnp.full_like(top.logit, -jnp.inf), top.mass)
     if filtered:
 
-        def weight_above(thresholds: list[Array], floor: Array | None) -> list[Array]:
-            columns = jnp.concatenate(thresholds, axis=1)
+        def weight_above(thresholds: Array, floor: Array | None) -> Array:
             shape = (len(logits), num_tiles, maths.NUM_SLOTS)
             scalars = (temperature, top.logit, top.logit if floor is None else floor)
             kernel = functools.partial(_weight_kernel, is_count=floor is None)
-            (weights,) = call(kernel, (logits, columns, *scalars), [jnp.float32], shape)
-            total = functools.reduce(jnp.add, (weights[:, tile] for tile in range(num_tiles)))
-            return [total[:, slot : slot + 1] for slot in range(maths.NUM_SLOTS)]
+            (weights,) = call(kernel, (logits, thresholds, *scalars), [jnp.float32], shape)
+            return functools.reduce(jnp.add, (weights[:, tile] for tile in range(num_tiles)))
 
         stats = maths.filtered_stats(
             top,

@@ -102,7 +102,7 @@ def compile_train_step(mesh: Mesh, *, kernels: str, batch_size: int, length: int
     batch = Batch(index, index, index, jax.ShapeDtypeStruct((batch_size, length), jnp.bool_), index)
     return compile_for(
         mesh,
-        make_train_step(graph, config),
+        make_train_step(graph, config, config.spans[-1]),
         on_mesh(state, mesh, P()),
         on_mesh(batch, mesh, P()),
         donate_argnums=0,

@@ -21,7 +21,9 @@ def test_a_name_wins_over_the_platform():
 
 
 def test_unknown_names_and_platforms_are_refused_with_what_there_is():
-    with pytest.raises(ValueError, match=r"kernels='cuda' is not one of \['auto', 'jax_triton', 'reference', 'tpu', 'triton'\]"):
+    with pytest.raises(
+        ValueError, match=r"kernels='cuda' is not one of \['auto', 'jax_triton', 'reference', 'tpu', 'triton'\]"
+    ):
         choose_kernels("cuda")
     with pytest.raises(ValueError, match="no kernels are known for platform='metal'"):
         choose_kernels(platform="metal")

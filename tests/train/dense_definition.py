@@ -106,6 +106,37 @@ def dense_terms(module, block_length, label_rows=LabelRows.MASK_ROWS, phase=True
     return tuple(means)
 
 
+def dense_loss(module, chosen, alpha):
+    """The noisy loss plus alpha * CE_clean from materialised logits; by name, every term's values by row.
+
+    `alpha` takes the noisy cross-entropy, weighted by depth, and the clean one.
+    """
+    mask, labels, noisy_scored, clean_scored = dense_layout(chosen.block_length, chosen.label_rows)
+    batch = packed_batch()
+    length = batch.tokens.shape[1]
+    logits = jnp.split(module.logits(dense_hidden(module, mask)), 2, axis=1)
+    b, i = np.nonzero(noisy_scored)
+    label = jnp.asarray(labels[b, i])
+    ce = -jax.nn.log_softmax(logits[0][b, i])[jnp.arange(len(b)), label]
+    # Decoding never draws MASK, so it is struck out of both distributions. p is the target.
+    q, p = (jax.nn.softmax(jnp.delete(half[b, i], MASK, axis=1)) for half in logits)
+    p = jax.lax.stop_gradient(p)
+    kl, tv = jnp.sum(p * jnp.log(p / q), axis=1), jnp.sum(jnp.abs(p - q), axis=1) / 2
+    is_draft = batch.is_response[b, i]
+    masks_seen = (mask[:, :length, :length] & batch.is_response[:, None]).sum(-1)
+    depth = masks_seen[b, i] - 1
+    by_depth = dict(enumerate(chosen.depth_weights))
+    weights = jnp.asarray(
+        [by_depth.get(d, 1.0) if fed_mask else 1.0 for d, fed_mask in zip(depth, is_draft, strict=True)]
+    )
+    extra = jnp.where(jnp.asarray(is_draft), chosen.kl_weight * kl + chosen.tv_weight * tv, 0.0)
+    b, i = np.nonzero(clean_scored)
+    ce_clean = jnp.mean(-jax.nn.log_softmax(logits[1][b, i])[jnp.arange(len(b)), jnp.asarray(labels[b, i])])
+    noisy = jnp.mean(weights * (ce + extra))
+    loss = noisy + alpha(jnp.mean(weights * ce), ce_clean) * ce_clean
+    return loss, {"loss_noisy": noisy, "kl": kl[is_draft], "tv": tv[is_draft], "depth": depth[is_draft]}
+
+
 def with_random_adapter(module):
     """The same base with an adapter whose B is not zero."""
     adapted = tiny_module(lora=LORA)

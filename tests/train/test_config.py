@@ -31,6 +31,13 @@ VALID = {
 }
 
 
+def stages(lengths, shares=None, **changes):
+    """A change that gives the run a curriculum."""
+    shares = shares or [None] * len(lengths)
+    pairs = zip(lengths, shares, strict=True)
+    return {"curriculum": [{"block_length": length, "share": share} for length, share in pairs]} | changes
+
+
 def write_yaml(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
     model = ", ".join(f"{key}: {value}" for key, value in TINY_MODEL.items())
@@ -72,6 +79,21 @@ def test_every_committed_config_is_valid_and_survives_the_snapshot(path, tmp_pat
         ({"param_dtype": "bfloat16"}, "round away small updates"),
         ({"dataset": {"path": "x", "build": {}}}, "exactly one of vocab_size"),
         ({"ce_alpha": 0.1, "clean_loss_weight": 0.1}, "only one of them"),
+        ({"kl_weight": -1}, "kl_weight=-1: input should be greater than or equal to 0"),
+        ({"tv_weight": float("inf")}, "tv_weight=inf"),
+        ({"objective": "ar", "tv_weight": 0.5}, "tv_weight and depth_weights need objective=introspective"),
+        ({"depth_weights": [1, 0.5]}, "depth_weights=[1.0, 0.5] needs one weight per MASK of a block: block_length=3"),
+        ({"depth_weights": [1, -1, 1]}, "depth_weights=[1.0, -1.0, 1.0] must not be negative"),
+        ({"depth_weights": [0, 0, 0]}, "leaves a whole block without weight"),
+        (stages([1, 3], depth_weights=[0, 1, 1]), "leaves a whole block without weight"),
+        (stages([1, 2]), "block lengths [1, 2]: none may exceed the run's block_length=3, and the last must equal it"),
+        (stages([4, 3]), "block lengths [4, 3]: none may exceed"),
+        (stages([1, 3], [0.5, None]), "share in every stage, or in none"),
+        (stages([1, 3], [0.5, 0.4]), "shares [0.5, 0.4] sum to 0.9, not 1"),
+        (stages([1, 3], [0.5, 1.5]), "share=1.5: input should be less than or equal to 1"),
+        (stages([1, 2, 3], steps=2), "stage 2 has no step: steps=2 are too few"),
+        (stages([1, 3], objective="ar"), "curriculum needs objective=introspective"),
+        ({"curriculum": [{"block_lenght": 3}]}, "did you mean 'curriculum.block_length'?"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_is_allowed(change, named):

@@ -14,8 +14,11 @@ from tests.support.tiny_model import randomize_adapter, tiny_module
 from tests.support.tiny_run import TINY_MODEL
 from train.batch import Batch
 from train.config import TrainConfig, config_from_mapping
+from train.layout import ObjectiveSettings, lay_out
 from train.optimizer import decay_mask, learning_rate, make_optimizer, update
 from train.step import TrainState, init_state, make_eval_step, make_train_step
+
+LAYOUT = ObjectiveSettings(block_length=2)
 
 
 def run(**changes) -> TrainConfig:
@@ -89,6 +92,21 @@ def test_accumulated_gradients_are_those_of_the_uncut_batch(model, objective, pa
     assert_close(cut_metrics, whole_metrics, 1e-5)
 
 
+def test_an_automatic_alpha_is_the_ratio_of_each_accumulated_part(model):
+    graph, params, frozen = model
+    batch, config = uneven_batch(), run(auto_balance=True, gradient_accumulation_steps=2, block_length=2)
+    _, metrics = grads_and_metrics(config, model, batch)
+    evaluate = make_eval_step(graph, config)
+    ratios, expected = [], float(metrics["ce_noisy"])
+    for part in range(2):
+        terms = evaluate(params, frozen, jax.tree.map(lambda x, part=part: x[part::2], batch))
+        ratios.append(float(terms["ce_noisy"].mean / terms["ce_clean"].mean))
+        expected += ratios[-1] * float(terms["ce_clean"].total) / float(lay_out(batch, LAYOUT).count_rows().clean)
+    assert abs(ratios[0] - ratios[1]) > 1e-3
+    np.testing.assert_allclose(metrics["alpha"], np.mean(ratios), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
 def test_metrics_count_tokens_and_supervised_rows(model):
     batch = uneven_batch()
     _, metrics = grads_and_metrics(run(), model, batch)
@@ -158,6 +176,18 @@ def test_the_rate_rises_linearly_peaks_after_the_warm_up_and_falls_to_zero():
     np.testing.assert_allclose(rates[:11], np.arange(1, 12) / 11, rtol=1e-6)
     np.testing.assert_allclose(rates[55], 0.5, atol=1e-6)
     assert (np.diff(rates[10:]) < 0).all() and 0 < rates[-1] < 1e-3
+
+
+def test_each_stage_of_a_curriculum_warms_up_and_decays_like_a_run_of_its_own():
+    stages = [{"block_length": 1, "share": 0.25}, {"block_length": 3, "share": 0.75}]
+    config = run(steps=40, warmup_ratio=0.2, learning_rate=1.0, curriculum=stages)
+    rates = [learning_rate(config, jnp.int32(step)) for step in range(40)]
+    alone = [
+        learning_rate(run(steps=steps, warmup_ratio=0.2, learning_rate=1.0), jnp.int32(step))
+        for steps in (10, 30)
+        for step in range(steps)
+    ]
+    np.testing.assert_array_equal(rates, alone)
 
 
 def test_the_state_is_donated_and_its_step_counts():
