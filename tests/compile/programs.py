@@ -19,22 +19,10 @@ from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache
 from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.bodies import BY_NAME
 from pallas_kernels.verify import Sampling
+from tests.support.released import QWEN3_8B
 from train.batch import Batch
 from train.config import load_config
 from train.step import init_state, make_train_step
-
-QWEN3_8B = ModelConfig(
-    vocab_size=151_936,
-    hidden_size=4096,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_size=12_288,
-    mask_token_id=151_669,
-    param_dtype="bfloat16",
-    compute_dtype="bfloat16",
-)
 
 
 def decode_state(config: ModelConfig, plan: StepPlan, batch: int, capacity: int, pool_tokens: int) -> DecodeState:

@@ -13,6 +13,7 @@ from jax.stages import Compiled
 from idlm_jax.config import ModelConfig
 from idlm_jax.deviceless import compile_for, h200_mesh, on_mesh, tpu_mesh
 from idlm_jax.model.transformer import PARAM_AXES, Qwen3
+from tests.support.released import QWEN3_8B
 
 pytestmark = pytest.mark.compile
 
@@ -25,17 +26,6 @@ SMALL = ModelConfig(
     num_kv_heads=4,
     head_dim=128,
     mlp_size=768,
-    param_dtype="bfloat16",
-    compute_dtype="bfloat16",
-)
-QWEN3_8B = ModelConfig(
-    vocab_size=151_936,
-    hidden_size=4096,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    mlp_size=12_288,
     param_dtype="bfloat16",
     compute_dtype="bfloat16",
 )

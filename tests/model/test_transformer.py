@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from idlm_jax.config import LoraConfig, ModelConfig, from_hf_config, to_hf_config
+from idlm_jax.config import LoraConfig, from_hf_config, to_hf_config
 from idlm_jax.model.attention import causal_attend, masked_attention, paged_attend
 from idlm_jax.model.kv_cache import contiguous_pages, empty_cache
 from idlm_jax.model.layers import apply_rope, rope_tables
+from tests.support.released import QWEN3_8B
 from tests.support.tiny_model import randomize_adapter, tiny_config, tiny_lm, tiny_module
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 11)), jnp.int32)
@@ -131,16 +132,7 @@ def test_the_mask_id_is_the_folders_else_qwen3s_else_the_callers():
 
 
 def test_parameters_of_the_released_8b_model_are_counted_right():
-    config = ModelConfig(
-        vocab_size=151_936,
-        hidden_size=4096,
-        num_layers=36,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_size=12_288,
-    )
-    assert config.num_params == 8_190_735_360  # Qwen/Qwen3-8B, model.safetensors.index.json: 16,381,470,720 bytes / 2
+    assert QWEN3_8B.num_params == 8_190_735_360  # Qwen/Qwen3-8B, model.safetensors.index.json: 16,381,470,720 bytes / 2
 
 
 def test_num_params_equals_the_arrays_of_a_module():
