@@ -101,6 +101,22 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices per axis; one may be -1 and takes the rest."""
+
+    __pydantic_config__ = _STRICT
+
+    data: Annotated[int, Field(ge=-1, description="copies of the model; each takes a share of the batch")] = 1
+    fsdp: Annotated[int, Field(ge=-1, description="as data, with parameters and optimizer cut over it")] = 1
+    tensor: Annotated[int, Field(ge=-1, description="heads, MLP and vocabulary cut over it")] = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ValueError(f"{self}: sizes are positive, and at most one is -1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run. `<output_dir>/<run_name>` is its folder; the same command run again resumes there."""
 
@@ -152,6 +168,9 @@ class TrainConfig:
         Field(description="stages of the run, each with its own warm-up and decay; empty: one stage"),
     ] = ()
 
+    mesh: Annotated[
+        MeshShape, Field(description="devices per axis; all 1: the first device; mesh.fsdp=-1: all devices")
+    ] = MeshShape()
     steps: Annotated[int, Field(ge=1, description="optimizer steps of the whole run")]
     batch_size: Annotated[int, Field(ge=1, description="packed rows per optimizer step, over all devices")]
     gradient_accumulation_steps: Annotated[
@@ -320,7 +339,9 @@ def _describe(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint, *annotations = typing.get_args(hints[field.name])
-        default = "required" if field.default is dataclasses.MISSING else json.dumps(field.default).strip('"')
+        default = "required"
+        if field.default is not dataclasses.MISSING:
+            default = json.dumps(field.default, default=dataclasses.asdict).strip('"')
         help_text = next((item.description for item in annotations if item.description), "")
         yield prefix + field.name, _type_name(hint), default, help_text
         for part in (hint, *typing.get_args(hint)):

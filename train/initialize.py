@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from idlm_jax.config import LoraConfig, ModelConfig
@@ -14,6 +15,7 @@ from idlm_jax.model.transformer import Qwen3
 from idlm_jax.weights import load
 from pallas_kernels.bodies import choose_kernels
 from train.config import FreshModel, TrainConfig
+from train.mesh import state_sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,10 +46,11 @@ class StartingPoint:
         return LanguageModel(graph, params, self.tokenizer, self.hf_config)
 
 
-def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> StartingPoint:
+def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh | None = None) -> StartingPoint:
     """Builds the model that a run starts from.
 
-    Fresh parameters and adapter factors are drawn from `config.seed`; the same seed gives the same bits.
+    Fresh parameters and adapter factors are drawn from `config.seed`; the same seed gives the same bits, on any mesh.
+    With a mesh nothing is ever whole on one device.
 
     Raises:
         ValueError: the checkpoint's tokenizer is not the dataset's, no MASK id is known for the introspective
@@ -61,7 +64,11 @@ def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Start
     else:
         assert config.init_from is not None  # TrainConfig admits exactly one of the two
         loaded = load(
-            config.init_from, dtype=config.param_dtype, mask_token_id=config.mask_token_id, kernels=config.kernels
+            config.init_from,
+            dtype=config.param_dtype,
+            mesh=mesh,
+            mask_token_id=config.mask_token_id,
+            kernels=config.kernels,
         )
         hf_config = dict(loaded.hf_config)
         model_config = loaded.config
@@ -91,11 +98,12 @@ def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Start
     def draw() -> Qwen3:
         return Qwen3(model_config, rngs=nnx.Rngs(config.seed))
 
-    @jax.jit
-    def draw_trainable() -> nnx.State:
+    def draw_kind() -> nnx.State:
         # XLA drops what is not returned, so an adapter is drawn without drawing a base for it.
         return jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(draw(), kind))
 
+    sharding = None if mesh is None else state_sharding(jax.eval_shape(draw_kind), mesh)
+    draw_trainable = jax.jit(draw_kind, out_shardings=sharding)
     graph, _, abstract_frozen = nnx.split(nnx.eval_shape(draw), kind, ...)
     if loaded is None:
         trainable, frozen = draw_trainable(), abstract_frozen

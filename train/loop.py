@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import AutoTokenizer
 
 from idlm_jax.weights import export_adapter, export_hf
@@ -27,14 +28,15 @@ from train.data import (
     read_report,
 )
 from train.initialize import StartingPoint, initialize
+from train.mesh import ROWS, check_mesh, make_mesh, state_sharding
 from train.metrics import MetricsLog, OnStep, StepReporter, format_eval
 from train.objective import Metrics
 from train.step import TrainState, init_state, make_eval_step, make_train_step
 
 Echo = Callable[[str], None]
 
-# What may differ when a run is resumed: nothing that changes a parameter.
-_FREE_KEYS = {"output_dir", "save_every", "keep", "eval_every", "eval_batches", "log_every"}
+# What may differ when a run is resumed: nothing that changes a parameter, but for rounding on another mesh.
+_FREE_KEYS = {"output_dir", "mesh", "save_every", "keep", "eval_every", "eval_batches", "log_every"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,8 @@ def run_training(
     """
     with _exclusive(config.run_dir), _open_checkpoints(config) as checkpoints:
         report = _prepare_dataset(config)
-        start = _start(config, report)
+        mesh = make_mesh(config.mesh, jax.devices())
+        start = _start(config, report, mesh)
         data = make_train_iterator(
             config.dataset.path,
             batch_size=config.batch_size,
@@ -88,7 +91,7 @@ def run_training(
             random_block_phase=config.random_block_phase,
             vocab_size=start.config.vocab_size,
         )
-        state = init_state(config, start.trainable, start.frozen)
+        state = _initial_state(config, start, mesh)
         done = checkpoints.latest_step
         if done:
             state = _restore(checkpoints, state, data)
@@ -97,10 +100,10 @@ def run_training(
             return TrainResult(done, True, _export(config, start, state, echo, overwrite=False), {})
 
         span = config.span_of(done)
-        compiled = _compile_step(config, span, start, state, report)
-        for line in _describe_plan(config, report, start, state, compiled.memory_analysis()):
+        compiled = _compile_step(config, span, start, state, report, mesh)
+        for line in _describe_plan(config, report, start, state, compiled.memory_analysis(), mesh):
             echo(line)
-        evaluate = functools.partial(_evaluate, config, make_eval_step(start.graph, config))
+        evaluate = functools.partial(_evaluate, config, make_eval_step(start.graph, config), mesh)
         last_eval: Mapping[str, float] = {}
         with MetricsLog(config.run_dir, done) as log:
             reporter = StepReporter(log, config, on_step, echo)
@@ -109,10 +112,10 @@ def run_training(
                     # Compiling is no part of any step's time.
                     reporter.flush()
                     span = config.span_of(step - 1)
-                    compiled = _compile_step(config, span, start, state, report)
+                    compiled = _compile_step(config, span, start, state, report, mesh)
                     echo(f"stage {span.number} of {len(config.spans)} begins: {describe_span(span)}")
                     reporter.restart_clock()
-                state, metrics = compiled(state, jax.tree.map(jnp.asarray, next(data)))
+                state, metrics = compiled(state, _place(next(data), mesh))
                 reporter.push(step, metrics)
                 is_last, is_stopping = step == config.steps, should_stop()
                 if config.eval_batches and (is_last or (config.eval_every and step % config.eval_every == 0)):
@@ -145,8 +148,9 @@ def export_latest(config: TrainConfig, *, echo: Echo = print) -> Path:
     with _exclusive(config.run_dir), _open_checkpoints(config) as checkpoints:
         if not checkpoints.latest_step:
             raise ConfigError(f"{config.run_dir} holds no checkpoint to export")
-        start = _start(config, read_report(config.dataset.path))
-        state = _restore(checkpoints, init_state(config, start.trainable, start.frozen), None)
+        mesh = make_mesh(config.mesh, jax.devices())
+        start = _start(config, read_report(config.dataset.path), mesh)
+        state = _restore(checkpoints, _initial_state(config, start, mesh), None)
         return _export(config, start, state, echo, overwrite=True)
 
 
@@ -189,15 +193,33 @@ def _prepare_dataset(config: TrainConfig) -> DatasetReport:
     return build_dataset(settings, config.dataset.path, show_progress=True)
 
 
-def _start(config: TrainConfig, report: DatasetReport) -> StartingPoint:
+def _start(config: TrainConfig, report: DatasetReport, mesh: Mesh | None) -> StartingPoint:
     tokenizer = AutoTokenizer.from_pretrained(Path(config.dataset.path) / "tokenizer", local_files_only=True)
-    start = initialize(config, tokenizer)
+    start = initialize(config, tokenizer, mesh)
     check_vocabulary(config.dataset.path, start.config.vocab_size)
     if report.settings.max_seq_len > start.config.max_position:
         raise ValueError(
             f"rows of {report.settings.max_seq_len} tokens exceed the model's {start.config.max_position=}"
         )
+    if mesh is not None:
+        check_mesh(mesh, config, start.config, report.settings.max_seq_len)
     return start
+
+
+def _initial_state(config: TrainConfig, start: StartingPoint, mesh: Mesh | None) -> TrainState:
+    if mesh is None:
+        return init_state(config, start.trainable, start.frozen)
+    init = functools.partial(init_state, config)
+    sharding = state_sharding(jax.eval_shape(init, start.trainable, start.frozen), mesh)
+    # Donated: parameters are taken over, not copied.
+    return jax.jit(init, out_shardings=sharding, donate_argnums=(0, 1))(start.trainable, start.frozen)
+
+
+def _place(batch: Batch, mesh: Mesh | None) -> Batch:
+    """Sends a batch to the devices, each its rows."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    return jax.device_put(batch, NamedSharding(mesh, ROWS))
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
@@ -210,10 +232,20 @@ def _restore(checkpoints: Checkpoints, state: TrainState, data: Any) -> TrainSta
 
 
 def _compile_step(
-    config: TrainConfig, span: Span, start: StartingPoint, state: TrainState, report: DatasetReport
+    config: TrainConfig,
+    span: Span,
+    start: StartingPoint,
+    state: TrainState,
+    report: DatasetReport,
+    mesh: Mesh | None,
 ) -> jax.stages.Compiled:
-    step_fn = jax.jit(make_train_step(start.graph, config, span), donate_argnums=0)
-    return step_fn.lower(state, _blank_batch(config, report)).compile()
+    step, batch = make_train_step(start.graph, config, span), _place(_blank_batch(config, report), mesh)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    # The state comes back as it went in, or it could not be donated; metrics are on every device.
+    returned = (state_sharding(state, mesh), NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=returned).lower(state, batch).compile()
 
 
 def _blank_batch(config: TrainConfig, report: DatasetReport) -> Batch:
@@ -225,12 +257,14 @@ def _blank_batch(config: TrainConfig, report: DatasetReport) -> Batch:
 def _evaluate(
     config: TrainConfig,
     eval_step: Callable[..., Metrics],
+    mesh: Mesh | None,
     state: TrainState,
 ) -> dict[str, float]:
     """Means over the held-out rows: `loss`, its terms, and acceptance by depth when introspective."""
     total: Metrics | None = None
     for batch in heldout_batches(config.dataset.path, config.batch_size, config.eval_batches):
-        terms = eval_step(state.params, state.frozen, batch)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            terms = eval_step(state.params, state.frozen, _place(batch, mesh))
         total = terms if total is None else jax.tree.map(jnp.add, total, terms)
     assert total is not None  # a dataset always has held-out rows, and eval_batches is positive
     result = {name: float(term.mean) for name, term in total.items()}
@@ -241,7 +275,12 @@ def _evaluate(
 
 
 def _describe_plan(
-    config: TrainConfig, report: DatasetReport, start: StartingPoint, state: TrainState, memory: Any
+    config: TrainConfig,
+    report: DatasetReport,
+    start: StartingPoint,
+    state: TrainState,
+    memory: Any,
+    mesh: Mesh | None,
 ) -> Iterator[str]:
     def count(tree: Any) -> int:
         return sum(x.size for x in jax.tree.leaves(tree))
@@ -255,7 +294,10 @@ def _describe_plan(
     devices = jax.devices()
     yield f"run        {config.run_name}: {config.objective}, in {config.run_dir}"
     kind = f"{devices[0].device_kind} ({devices[0].platform})"
-    yield f"devices    {len(devices)} x {kind}; the run uses the first"
+    used = "the run uses the first (mesh.fsdp=-1 would use all)" if len(devices) > 1 else "the run uses it"
+    if mesh is not None:
+        used = "mesh " + " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    yield f"devices    {len(devices)} x {kind}; {used}"
     yield f"parameters {num_trainable + count(state.frozen):,}, of which {num_trainable:,} are trained"
     yield (
         f"memory     {megabytes((state.params, state.frozen)):,.0f} MB parameters, "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.array_types import Keys, Queries
@@ -18,6 +19,7 @@ from pallas_kernels.linear_distillation import linear_distillation
 from pallas_kernels.two_stream_attention import packed_causal_attention, two_stream_attention
 from train.batch import Batch
 from train.layout import LabelRows, Layout, ObjectiveSettings, RowCounts, lay_out
+from train.mesh import HEADS, ROWS, TOKENS, per_device
 
 
 class RowMean(NamedTuple):
@@ -125,16 +127,18 @@ def ar_loss(module: Qwen3, batch: Batch, row_counts: RowCounts | None = None) ->
 
     def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]:
         del layer
-        mixed = packed_causal_attention(
-            q,
-            k,
-            v,
-            segment_ids=layout.segment_ids,
-            positions=layout.positions,
-            body=kernels.two_stream_attention,
-            interpret=kernels.interpret,
-        )
-        return mixed, carried
+
+        def local(qkv: tuple[Queries, Keys, Keys], rows: tuple[Array, Array]) -> Queries:
+            return packed_causal_attention(
+                *qkv,
+                segment_ids=rows[0],
+                positions=rows[1],
+                body=kernels.two_stream_attention,
+                interpret=kernels.interpret,
+            )
+
+        mix = per_device(local, (HEADS, ROWS), HEADS)
+        return mix((q, k, v), (layout.segment_ids, layout.positions)), carried
 
     hidden, _ = module.hidden_states(layout.tokens, layout.positions, attend)
     ce = _cross_entropy(module, hidden, layout.labels, layout.is_clean_scored)
@@ -202,19 +206,24 @@ def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
 
     def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: Any) -> tuple[Queries, Any]:
         del layer
-        streams = [jnp.split(x, 2, axis=1) for x in (q, k, v)]
-        mixed = two_stream_attention(
-            *(x[0] for x in streams),
-            *(x[1] for x in streams),
-            segment_ids=layout.segment_ids,
-            positions=layout.positions,
-            block_start=layout.block_start,
-            # The frozen base alone makes the clean rows: their backward pass would only compute zeros.
-            clean_grad=not has_adapter,
-            body=kernels.two_stream_attention,
-            interpret=kernels.interpret,
-        )
-        return jnp.concatenate(mixed, axis=1), carried
+
+        def local(qkv: tuple[Queries, Keys, Keys], rows: tuple[Array, Array, Array]) -> Queries:
+            streams = [jnp.split(x, 2, axis=1) for x in qkv]
+            mixed = two_stream_attention(
+                *(x[0] for x in streams),
+                *(x[1] for x in streams),
+                segment_ids=rows[0],
+                positions=rows[1],
+                block_start=rows[2],
+                # The frozen base alone makes the clean rows: their backward pass would only compute zeros.
+                clean_grad=not has_adapter,
+                body=kernels.two_stream_attention,
+                interpret=kernels.interpret,
+            )
+            return jnp.concatenate(mixed, axis=1)
+
+        mix = per_device(local, (HEADS, ROWS), HEADS)
+        return mix((q, k, v), (layout.segment_ids, layout.positions, layout.block_start)), carried
 
     noisy_tokens = jnp.where(layout.is_mask, mask_id, layout.tokens)
     gate = jnp.concatenate([layout.is_mask, jnp.zeros_like(layout.is_mask)], axis=1)
@@ -237,10 +246,14 @@ def _cross_entropy(
     module: Qwen3, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], is_scored: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """Per-row loss, 0 on rows that are not scored."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    weights = is_scored.reshape(-1).astype(jnp.float32)
-    loss, _ = linear_cross_entropy(rows, module.head_weight(), labels.reshape(-1), weights)
-    return loss.reshape(labels.shape)
+
+    def local(rows: tuple[Array, Array, Array], weight: Float[Array, "V D"]) -> Float[Array, "_ _"]:
+        hidden, labels, is_scored = rows
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        loss, _ = linear_cross_entropy(flat, weight, labels.reshape(-1), is_scored.reshape(-1).astype(jnp.float32))
+        return loss.reshape(labels.shape)
+
+    return per_device(local, (TOKENS, P()), TOKENS)((hidden, labels, is_scored), module.head_weight())
 
 
 def _count(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
@@ -251,15 +264,20 @@ def _divergences(
     module: Qwen3, hidden: Float[Array, "B T D"], is_draft: Bool[Array, "B L"]
 ) -> dict[str, Float[Array, "B L"]]:
     """`kl` and `tv` of the noisy from the clean stream per row, 0 on rows that are no scored draft."""
-    noisy, clean = (half.reshape(-1, hidden.shape[-1]) for half in jnp.split(hidden, 2, axis=1))
-    kl, tv = linear_distillation(
-        noisy,
-        jax.lax.stop_gradient(clean),
-        module.head_weight(),
-        is_draft.reshape(-1).astype(jnp.float32),
-        excluded_id=_mask_token_id(module),
-    )
-    return {"kl": kl.reshape(is_draft.shape), "tv": tv.reshape(is_draft.shape)}
+    mask_token_id = _mask_token_id(module)
+
+    def local(rows: tuple[Array, Array, Array], weight: Float[Array, "V D"]) -> tuple[Array, Array]:
+        noisy, clean, is_draft = rows
+        student, teacher = (half.reshape(-1, half.shape[-1]) for half in (noisy, clean))
+        kl, tv = linear_distillation(
+            student, teacher, weight, is_draft.reshape(-1).astype(jnp.float32), excluded_id=mask_token_id
+        )
+        return kl.reshape(is_draft.shape), tv.reshape(is_draft.shape)
+
+    noisy, clean = jnp.split(hidden, 2, axis=1)
+    rows = (noisy, jax.lax.stop_gradient(clean), is_draft)
+    kl, tv = per_device(local, (TOKENS, P()), TOKENS)(rows, module.head_weight())
+    return {"kl": kl, "tv": tv}
 
 
 def _mean_over(is_counted: Bool[Array, "B L"], values: Float[Array, "B L"]) -> RowMean:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
@@ -22,6 +22,7 @@ from pallas_kernels.verify import Sampling
 from tests.support.released import QWEN3_8B
 from train.batch import Batch
 from train.config import load_config
+from train.mesh import ROWS, state_sharding
 from train.step import init_state, make_train_step
 
 
@@ -72,26 +73,35 @@ def pool_bytes(state: DecodeState) -> int:
     return sum(int(np.prod(each.shape)) * each.dtype.itemsize for each in state.cache)
 
 
-def compile_train_step(mesh: Mesh, *, kernels: str, batch_size: int, length: int, rank: int = 128) -> Compiled:
-    """One donated step of gated LoRA on Qwen3-8B on one device: bfloat16 base, float32 adapter and AdamW."""
+def compile_train_step(
+    mesh: Mesh, *, kernels: str, batch_size: int, length: int = 4096, lora_rank: int | None = 128
+) -> Compiled:
+    """One donated step on Qwen3-8B: gated LoRA on a bfloat16 base, or, without a rank, all weights in float32.
+
+    `mesh` has one device, or the axes of a run's mesh.
+    """
+    lora = LoraConfig(rank=lora_rank, alpha=2.0 * lora_rank) if lora_rank else None
+    param_dtype = "bfloat16" if lora_rank else "float32"
     model_config = dataclasses.replace(
-        QWEN3_8B, kernels=BY_NAME[kernels], remat="full", lora=LoraConfig(rank=rank, alpha=2.0 * rank)
+        QWEN3_8B, kernels=BY_NAME[kernels], remat="full", param_dtype=param_dtype, lora=lora
     )
-    config = load_config(
-        "configs/qwen3_8b_paper.yaml",
-        [f"lora.rank={rank}", f"lora.alpha={2 * rank}", "auto_balance=false", f"batch_size={batch_size}"],
-    )
+    overrides = [f"lora.rank={lora_rank}", f"lora.alpha={2 * lora_rank}"] if lora_rank else []
+    config = load_config("configs/qwen3_8b_paper.yaml", [*overrides, f"batch_size={batch_size}"])
     graph, trainable, frozen = nnx.split(
-        nnx.eval_shape(lambda: Qwen3(model_config, rngs=nnx.Rngs(0))), nnx.LoRAParam, ...
+        nnx.eval_shape(lambda: Qwen3(model_config, rngs=nnx.Rngs(0))), nnx.LoRAParam if lora_rank else nnx.Param, ...
     )
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
     state = jax.eval_shape(lambda params, frozen: init_state(config, params, frozen), trainable, frozen)
     index = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
     batch = Batch(index, index, index, jax.ShapeDtypeStruct((batch_size, length), jnp.bool_), index)
+    everywhere = NamedSharding(mesh, P())
+    sharding = jax.tree.map(lambda _: everywhere, state) if mesh.size == 1 else state_sharding(state, mesh)
+    placed = jax.tree.map(lambda leaf, of: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of), state, sharding)
     return compile_for(
         mesh,
         make_train_step(graph, config, config.spans[-1]),
-        on_mesh(state, mesh, P()),
-        on_mesh(batch, mesh, P()),
+        placed,
+        on_mesh(batch, mesh, P() if mesh.size == 1 else ROWS),
         donate_argnums=0,
+        out_shardings=(sharding, everywhere),
     )

@@ -4,6 +4,7 @@ import pytest
 
 from idlm_jax.deviceless import h200_mesh, tpu_mesh
 from tests.compile.programs import compile_decode_step, compile_train_step, pool_bytes
+from train.mesh import AXES
 
 pytestmark = pytest.mark.compile
 
@@ -35,7 +36,7 @@ def test_decode_step_at_32k_compiles_for_one_tpu_chip(topology, batch, pool_toke
 
 
 def test_lora_train_step_at_4k_compiles_for_an_h200():
-    compiled = compile_train_step(h200_mesh(), kernels="triton", batch_size=1, length=4096)
+    compiled = compile_train_step(h200_mesh(), kernels="triton", batch_size=1)
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes > 20e9  # base, adapter and optimizer state exist once
@@ -45,7 +46,16 @@ def test_lora_train_step_at_4k_compiles_for_an_h200():
 
 def test_lora_train_step_at_4k_compiles_for_one_tpu_chip():
     mesh = tpu_mesh("v5p:2x2x1", (1,), ("data",))
-    memory = compile_train_step(mesh, kernels="tpu", batch_size=1, length=4096).memory_analysis()
+    memory = compile_train_step(mesh, kernels="tpu", batch_size=1).memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes > 20e9
     assert memory.temp_size_in_bytes < 11e9
+
+
+def test_full_train_step_at_4k_is_cut_over_eight_h200s():
+    mesh = h200_mesh((1, 8, 1), AXES)
+    memory = compile_train_step(mesh, kernels="triton", batch_size=8, lora_rank=None).memory_analysis()
+    assert memory is not None
+    # Float32 parameters and both moments of 8.19e9 weights, an eighth on each device.
+    assert memory.alias_size_in_bytes < 1.01 * 12 * 8.19e9 / 8
+    assert memory.temp_size_in_bytes < 13e9
