@@ -19,7 +19,12 @@ from train.loop import run_training
 from train.mesh import ROWS, make_mesh, state_sharding
 from train.step import init_state, make_train_step
 
-MESHES = [(4, 1, 1), (1, 4, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2)]  # data, fsdp, tensor
+# data, fsdp, tensor
+MESHES = [
+    (2, 2, 1),
+    (1, 2, 2),
+    *(pytest.param(each, marks=pytest.mark.slow) for each in [(4, 1, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2)]),
+]
 RUN = {
     "run_name": "mesh",
     "init_from": "x",

@@ -81,6 +81,7 @@ def grads_and_metrics(config: TrainConfig, model, batch: Batch):
     return optax.tree.get(state.opt_state, "mu"), metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "parts"), [("ar", 2), ("introspective", 4)])
 def test_accumulated_gradients_are_those_of_the_uncut_batch(model, objective, parts):
     batch = uneven_batch()
