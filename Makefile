@@ -37,7 +37,7 @@ test-fast: .venv/.dev  ## tests that take seconds
 test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: all but parity and slow; compile for H200 and TPU
 	.venv-next/bin/pytest $(parallel) -m "not torch and not slow" --ignore tests/parity
 
-compiled: .venv-next/.dev  ## benchmarks/results/compiled.md: every kernel compiled for H200 and TPU, without either
+compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled
 
 lint: .venv/.dev  ## ruff (rules, format) and pyright
