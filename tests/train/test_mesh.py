@@ -23,7 +23,7 @@ from train.step import init_state, make_train_step
 MESHES = [
     (2, 2, 1),
     (1, 2, 2),
-    *(pytest.param(each, marks=pytest.mark.slow) for each in [(4, 1, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2)]),
+    *(pytest.param(each, marks=pytest.mark.slow) for each in [(1, 4, 1), (1, 1, 2)]),
 ]
 RUN = {
     "run_name": "mesh",
