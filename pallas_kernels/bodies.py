@@ -6,6 +6,7 @@ one contract and pass the same tests.
 
 import dataclasses
 import enum
+import functools
 import logging
 
 import jax
@@ -62,8 +63,9 @@ BY_NAME = {
 BY_PLATFORM = {"cpu": "reference", "gpu": "triton", "tpu": "tpu"}
 
 
+@functools.cache
 def choose_kernels(name: str = "auto", *, platform: str | None = None) -> Kernels:
-    """Resolves a name to one body per op and logs the choice.
+    """Resolves a name to one body per op and logs the choice, once a process.
 
     Args:
         name: "auto" for the platform's, or a key of `BY_NAME`.
