@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.bodies import Body, device_kind, refuse
+from pallas_kernels.paged_attention.checks import check_triton_pages
 from pallas_kernels.paged_attention.maths import LOWEST
 from pallas_kernels.paged_attention.rows import pack_limits
 from pallas_kernels.paged_attention.tiles import TRITON, TritonTiles
@@ -36,11 +37,7 @@ BODIES = tuple(Body)
 
 def check_supported(k_pages: Float[Array, "P K page H"], interpret: bool) -> None:
     """Raises NotImplementedError for what these kernels cannot address or run."""
-    page_size, head_dim = k_pages.shape[2:]
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise _refusal(f"needs a head_dim of 16, 32, 64, .., not {head_dim}")
-    if page_size < 16 or page_size & (page_size - 1):
-        raise _refusal(f"needs a page size that is a power of two of at least 16, not {page_size}")
+    check_triton_pages(k_pages, Body.JAX_TRITON)
     if interpret:
         raise _refusal("has no interpreter that JAX can call (TRITON_INTERPRET=1 takes torch tensors)")
 

@@ -24,10 +24,10 @@ from pallas_kernels.bodies import Body, device_kind, refuse
 from pallas_kernels.paged_attention.maths import Running, attend_tile, finish, is_visible, nothing_seen
 from pallas_kernels.paged_attention.rows import num_new_seen, pack_limits, pack_queries, unpack_rows
 from pallas_kernels.paged_attention.tiles import TPU, TpuTiles
+from pallas_kernels.tpu_interpreter import interpreter
 
 BODIES = tuple(Body)
 LANES = 128
-INTERPRET = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
 
 
 def check_supported(k_pages: Float[Array, "P K page H"]) -> None:
@@ -89,7 +89,7 @@ def paged_attention(
         ),
         out_shape=jax.ShapeDtypeStruct(rows.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        interpret=INTERPRET if interpret else False,
+        interpret=interpreter(interpret),
         name="paged_attention",
     )(page_table, context_len, limits, rows, *[k_pages] * pages_per_step, *[v_pages] * pages_per_step)
     return unpack_rows(mixed, tokens, heads)
@@ -182,7 +182,7 @@ def write_pages(
         out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in pages],
         input_output_aliases={4: 0, 5: 1},  # counted with the two scalars
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
-        interpret=INTERPRET if interpret else False,
+        interpret=interpreter(interpret),
         name="write_pages",
     )(page_table, start, *by_head, *pages)
     return k_pages, v_pages

@@ -26,23 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.bodies import Body, device_kind, refuse
+from pallas_kernels.bodies import Body, device_kind
+from pallas_kernels.paged_attention.checks import check_triton_pages
 from pallas_kernels.paged_attention.maths import Running, attend_tile, finish, is_visible, merge, nothing_seen
 from pallas_kernels.paged_attention.rows import num_new_seen, pack_limits
 from pallas_kernels.paged_attention.tiles import TRITON, TritonTiles
-
-BODIES = tuple(Body)
-
-
-def check_supported(k_pages: Float[Array, "P K page H"]) -> None:
-    """Raises NotImplementedError for pages that these kernels cannot address."""
-    page_size, head_dim = k_pages.shape[2:]
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise refuse("paged_attention", Body.TRITON, f"needs a head_dim of 16, 32, 64, .., not {head_dim}", BODIES)
-    if page_size & (page_size - 1):
-        raise refuse(
-            "paged_attention", Body.TRITON, f"needs a page size that is a power of two, not {page_size}", BODIES
-        )
 
 
 def paged_attention(
@@ -57,7 +45,7 @@ def paged_attention(
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
     """The op as its contract states it; see the package for arguments and rules."""
-    check_supported(k_pages)
+    check_triton_pages(k_pages, Body.TRITON)
     tiles = tiles or TRITON.get(device_kind(), TritonTiles())
     batch, tokens, heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
@@ -196,7 +184,7 @@ def write_pages(
     interpret: bool,
 ) -> tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]:
     """Writes keys and values in one launch; `pages` are aliased to the result."""
-    check_supported(pages[0])
+    check_triton_pages(pages[0], Body.TRITON)
     batch, tokens, kv_heads, head_dim = new[0].shape
     token = pl.BlockSpec((None, None, kv_heads, head_dim), lambda b, t: (b, t, 0, 0))
     k_pages, v_pages = pl.pallas_call(

@@ -21,6 +21,7 @@ from pallas_kernels.bodies import device_kind
 from pallas_kernels.quantized_matmul.maths import finish, tile_product
 from pallas_kernels.quantized_matmul.tiles import TpuTiles, tpu_tiles
 from pallas_kernels.quantized_matmul.weights import QuantizedWeight
+from pallas_kernels.tpu_interpreter import interpreter
 
 ROW_MULTIPLE = 16  # rows of one packed register of bfloat16
 
@@ -49,7 +50,7 @@ def quantized_matmul(
         out_shape=jax.ShapeDtypeStruct((padded_rows, num_columns), x.dtype),
         scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        interpret=pltpu.InterpretParams(detect_races=True) if interpret else False,
+        interpret=interpreter(interpret),
         name="quantized_matmul",
     )(jnp.pad(x, ((0, padded_rows - num_rows), (0, 0))), weight.values, weight.scale[None, :])
     return out[:num_rows]

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.tpu_interpreter import interpreter
 from pallas_kernels.two_stream_attention import maths
 from pallas_kernels.two_stream_attention.intervals import (
     NUM_BOUNDS,
@@ -70,7 +71,7 @@ def mix(
         ),
         out_shape=(out_shape(noisy), out_shape(clean)),
         compiler_params=_compiler_params(3, 1),
-        interpret=_interpreter(interpret),
+        interpret=interpreter(interpret),
         name="two_stream_mix",
     )(bounds.reshape(-1), *_interval_rows(intervals), *jax.tree.map(_heads_first, (noisy, clean)))
     noisy_mixed, clean_mixed = (each and Mixed(_heads_first(each.out), each.lse[:, :, 0]) for each in mixed)
@@ -116,7 +117,7 @@ def query_grads(
         ),
         out_shape=(noisy_bar and shape, clean_bar and shape),
         compiler_params=_compiler_params(3, 1),
-        interpret=_interpreter(interpret),
+        interpret=interpreter(interpret),
         name="two_stream_query_grads",
     )(
         bounds.reshape(-1),
@@ -209,7 +210,7 @@ def _key_grads(
         ),
         out_shape=(shape, shape),
         compiler_params=_compiler_params(3, 2),
-        interpret=_interpreter(interpret),
+        interpret=interpreter(interpret),
         name=name,
     )(
         bounds.reshape(-1),
@@ -490,10 +491,3 @@ def _interval_scratch(tiles: PassTiles) -> list[Any]:
 
 def _compiler_params(num_parallel: int, num_sequential: int) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=("parallel",) * num_parallel + ("arbitrary",) * num_sequential)
-
-
-def _interpreter(interpret: bool) -> Any:
-    """Emulation that reports races, reads out of bounds and, as NaN, memory that nothing has written."""
-    if not interpret:
-        return False
-    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bodies import Body, device_kind, refuse
+from pallas_kernels.tpu_interpreter import interpreter
 from pallas_kernels.verify import maths, threefry
 from pallas_kernels.verify.rows import Refused, RowStats
 from pallas_kernels.verify.tiles import TpuTiles, tpu_tiles
@@ -63,7 +64,7 @@ def row_stats(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=resident_bytes + SCRATCH_BYTES
         ),
-        interpret=_interpreter(interpret),
+        interpret=interpreter(interpret),
         name="row_stats",
     )(logits, temperature[:, None], top_k[:, None], top_p[:, None])
     return RowStats(*(column[:, 0] for column in stats))
@@ -100,7 +101,7 @@ def draw(
         out_specs=[column] * len(dtypes),
         out_shape=[jax.ShapeDtypeStruct((batch, 1), dtype) for dtype in dtypes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=_interpreter(interpret),
+        interpret=interpreter(interpret),
         name="draw",
     )(*inputs)
     plain = None if refused is None else maths.Best(*parts[2:])
@@ -191,9 +192,3 @@ def _gathered(logits: Float[Array, "B C V"], row: Int[Array, " B"]) -> Float[Arr
 
 def _refuse(reason: str) -> NotImplementedError:
     return refuse("verify", Body.TPU, reason, (Body.REFERENCE, Body.TRITON, Body.TPU))
-
-
-def _interpreter(interpret: bool):
-    if not interpret:
-        return False
-    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
