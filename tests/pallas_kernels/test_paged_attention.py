@@ -211,7 +211,9 @@ def test_malformed_arguments_name_what_is_wrong():
         write((k, v), (q, q), table, context_len)
     with pytest.raises(NotImplementedError, match=r"triton body needs a page size.*other bodies: reference"):
         op(q, k[:, :, :15], v[:, :, :15], table, context_len, body=Body.TRITON)
-    with pytest.raises(NotImplementedError, match=r"triton body needs a page size of 16, 32, 64, .., not 8"):
+    with pytest.raises(
+        NotImplementedError, match=r"triton body needs a page size that is a power of two of at least 16, not 8"
+    ):
         op(q, k[:, :, :8], v[:, :, :8], table, context_len, body=Body.TRITON)
     with pytest.raises(NotImplementedError, match=r"tpu body needs a page size"):
         op(q, k[:, :, :8], v[:, :, :8], table, context_len, body=Body.TPU)
