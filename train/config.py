@@ -108,10 +108,11 @@ class MeshShape:
 
     data: Annotated[int, Field(ge=-1, description="copies of the model; each takes a share of the batch")] = 1
     fsdp: Annotated[int, Field(ge=-1, description="as data, with parameters and optimizer cut over it")] = 1
+    context: Annotated[int, Field(ge=-1, description="each sequence cut over it, for long rows; parameters too")] = 1
     tensor: Annotated[int, Field(ge=-1, description="heads, MLP and vocabulary cut over it")] = 1
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.context, self.tensor)
         if 0 in sizes or sizes.count(-1) > 1:
             raise ValueError(f"{self}: sizes are positive, and at most one is -1")
 

@@ -1,7 +1,8 @@
 """Where the arrays of a run live: the mesh, the sharding of state and batches, and ops that run device by device.
 
 `jax.jit` does the partitioning; only ops that XLA cannot or should not cut by itself (kernels, compaction of rows) are
-wrapped by `per_device`.
+wrapped by `per_device`. Sequences are cut over "context" everywhere but inside attention, where the devices of a
+sequence hold all of its rows and cut the heads instead (docs/decisions/0008).
 """
 
 import math
@@ -9,19 +10,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
+from idlm_jax.array_types import Keys, Queries
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.transformer import PARAM_AXES
 from idlm_jax.sharding import param_spec
 from train.config import MeshShape, TrainConfig
 
-AXES = ("data", "fsdp", "tensor")
-ROWS = P(("data", "fsdp"))  # batch rows
-HEADS = P(("data", "fsdp"), None, "tensor")  # [B, L, heads, H]
-TOKENS = P(("data", "fsdp"), "tensor")  # [B, L, ...]: work that every token needs alone
+AXES = ("data", "fsdp", "context", "tensor")
+_BATCH = ("data", "fsdp")
+ROWS = P(_BATCH)  # [B, ...]: batch rows
+STREAM = P(_BATCH, "context")  # [B, T, ...]: hidden states, and whatever goes with them
+TOKENS = P(_BATCH, ("context", "tensor"))  # [B, T, ...]: work that every token needs alone
+_OUTSIDE = P(_BATCH, "context", "tensor")  # [B, T, heads, H]: around attention
+_INSIDE = P(_BATCH, None, ("tensor", "context"))  # in attention: whole sequences, some of the heads
+_GATHERED = P(_BATCH, None, "tensor")  # keys of whole sequences, where there are fewer key heads than devices
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh | None:
@@ -34,7 +42,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh | None:
     Raises:
         ValueError: the shape needs more devices than there are, or -1 leaves a remainder.
     """
-    sizes = [shape.data, shape.fsdp, shape.tensor]
+    sizes = [shape.data, shape.fsdp, shape.context, shape.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if len(devices) % fixed:
@@ -51,15 +59,23 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh | None:
 
 def check_mesh(mesh: Mesh, config: TrainConfig, model: ModelConfig, row_len: int) -> None:
     """Raises ValueError where a run's sizes do not divide over its mesh."""
-    rows, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    rows, context, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"], mesh.shape["tensor"]
     part = config.batch_size // config.gradient_accumulation_steps
     if part % rows:
         raise ValueError(
             f"batch_size / gradient_accumulation_steps = {part} rows do not divide over data x fsdp = {rows} devices"
         )
-    for name, size in {"num_kv_heads": model.num_kv_heads, "max_seq_len": row_len}.items():
+    for name, size in {"num_kv_heads": model.num_kv_heads, "vocab_size": model.vocab_size}.items():
         if size % tensor:
             raise ValueError(f"mesh.tensor={tensor} does not divide {name}={size}")
+    if row_len % (context * tensor):
+        raise ValueError(f"mesh.context x mesh.tensor = {context * tensor} does not divide max_seq_len={row_len}")
+    key_heads = model.num_kv_heads // tensor
+    if model.num_heads % (context * tensor) or (key_heads % context and context % key_heads):
+        raise ValueError(
+            f"mesh.context x mesh.tensor = {context * tensor} cannot share out num_heads={model.num_heads} and "
+            f"num_kv_heads={model.num_kv_heads}: inside attention the devices of a sequence cut its heads"
+        )
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
@@ -101,3 +117,59 @@ def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callabl
     if mesh.empty or mesh.size == 1:
         return fn
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def vocab_axis() -> str | None:
+    """The axis over which the head is cut inside `per_device`; None where it is whole."""
+    return "tensor" if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1 else None
+
+
+def along_stream(array: Array) -> Array:
+    """[B, T, ...] with each sequence cut over "context", under the mesh that is set."""
+    return _lay(array, STREAM)
+
+
+def per_head(fn: Callable[[Queries, tuple[Keys, ...], Any], Queries]) -> Callable[..., Queries]:
+    """Attention `fn(q, keys, rows)` on each device's own heads, given whole sequences of them.
+
+    Around the call a device holds its part of each sequence and, under "tensor", its heads: an exchange before and
+    one after turn parts of sequences into heads and back. A device whose query heads share one key head with its
+    neighbours' gets that head.
+
+    Args:
+        fn: of q [B, T, N, H], keys and values [B, S, K, H], and a pytree of arrays [B, ...].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn
+    context = mesh.shape["context"]
+
+    def attend(q: Queries, keys: tuple[Keys, ...], rows: Any) -> Queries:
+        is_shared = keys[0].shape[2] // mesh.shape["tensor"] % context != 0
+
+        def local(q: Queries, keys: tuple[Keys, ...], rows: Any) -> Queries:
+            if is_shared:
+                keys = tuple(_own_head(each, num_devices=context) for each in keys)
+            return fn(q, keys, rows)
+
+        in_specs = (_INSIDE, _GATHERED if is_shared else _INSIDE, ROWS)
+        mix = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=_INSIDE, check_vma=False)
+        return _lay(mix(_lay(q, _OUTSIDE), tuple(_lay(each, _OUTSIDE) for each in keys), rows), _OUTSIDE)
+
+    return attend
+
+
+def layer_stack(like: jax.ShapeDtypeStruct, num_layers: int) -> Array:
+    """Zeros for what `per_head` takes as keys, of every layer: [layers, B, T, K, H]."""
+    return _lay(jnp.zeros((num_layers, *like.shape), like.dtype), P(None, *_OUTSIDE))
+
+
+def _own_head(heads: Keys, *, num_devices: int) -> Float[Array, "B T 1 H"]:
+    """The one key head that this device's query heads read, of those of its "context" group."""
+    number = jax.lax.axis_index("context") * heads.shape[2] // num_devices
+    return jax.lax.dynamic_slice_in_dim(heads, number, 1, axis=2)
+
+
+def _lay(array: Array, spec: P) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    return array if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(array, spec)

@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Float
 
 
 def gated_lora(
-    x: Float[Array, "M D"],
+    x: Float[Array, "*M D"],
     kernel: Float[Array, "D F"],
     lora_a: Float[Array, "D r"],
     lora_b: Float[Array, "r F"],
-    gate: Bool[Array, " M"],
+    gate: Bool[Array, "*M"],
     scale: float,
-) -> Float[Array, "M F"]:
+) -> Float[Array, "*M F"]:
     """Adds a low-rank update to the rows whose gate is on.
 
     out[m] = x[m] kernel + scale * (gate[m] * (x[m] A)) B
@@ -27,7 +27,7 @@ def gated_lora(
     aside: -0 + 0 is +0). Its gradient with respect to both factors is exactly 0.
 
     Args:
-        x: rows.
+        x: rows, in any number of axes.
         kernel: base weight, in x's dtype.
         lora_a: shrink factor A, in x's dtype, as PEFT stores it transposed.
         lora_b: expand factor B, in x's dtype.
@@ -43,18 +43,18 @@ def gated_lora(
 
     Source: R-ISD of I-DLM (arXiv 2604.11035): the adapter acts on MASK rows alone.
     """
-    if x.ndim != 2 or kernel.ndim != 2 or kernel.shape[0] != x.shape[1]:
-        raise ValueError(f"{kernel.shape=}, but {x.shape=} needs [D, F] with the D of [M, D]")
+    if x.ndim < 2 or kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
+        raise ValueError(f"{kernel.shape=}, but {x.shape=} needs [D, F] with the D of [..., D]")
     width, columns = kernel.shape
     rank = lora_a.shape[-1]
     if lora_a.shape != (width, rank) or lora_b.shape != (rank, columns):
         raise ValueError(f"{lora_a.shape=} and {lora_b.shape=}, but {kernel.shape=} needs [{width}, r], [r, {columns}]")
-    if gate.shape != x.shape[:1]:
-        raise ValueError(f"{gate.shape=}, but {x.shape=} needs {x.shape[:1]}")
+    if gate.shape != x.shape[:-1]:
+        raise ValueError(f"{gate.shape=}, but {x.shape=} needs {x.shape[:-1]}")
     for name, array in {"kernel": kernel, "lora_a": lora_a, "lora_b": lora_b}.items():
         if array.dtype != x.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name}.dtype={array.dtype}, but all arrays need one floating dtype, {x.dtype=}")
     if gate.dtype != jnp.bool_:
         raise TypeError(f"{gate.dtype=} must be bool")
-    shrunk = jnp.where(gate[:, None], x @ lora_a, 0)
+    shrunk = jnp.where(gate[..., None], x @ lora_a, 0)
     return x @ kernel + scale * (shrunk @ lora_b)

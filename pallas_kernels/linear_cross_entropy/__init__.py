@@ -13,6 +13,7 @@ def linear_cross_entropy(
     row_weights: Float[Array, " R"],
     *,
     tile_rows: int = 1024,
+    vocab_axis: str | None = None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Per-row cross-entropy of `softmax(hidden @ weight.T)`.
 
@@ -30,6 +31,8 @@ def linear_cross_entropy(
             range on a weighted row makes its loss NaN.
         row_weights: 0 drops the row, any other value keeps it; receives no gradient.
         tile_rows: rows whose float32 logits, [tile_rows, V], exist at a time.
+        vocab_axis: mesh axis over which V is cut, inside `jax.shard_map`: `weight` then holds this device's
+            equal part, in order, and the devices of the axis hold the same rows. Labels count over all of V.
 
     Returns:
         The losses and the lse, float32, 0 on dropped rows. Both may be differentiated with respect to
@@ -53,4 +56,4 @@ def linear_cross_entropy(
         raise TypeError(f"{hidden.dtype=} and {weight.dtype=} must be the same floating dtype")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{labels.dtype=} is not an integer dtype")
-    return tiled.linear_cross_entropy(hidden, weight, labels, row_weights, min(tile_rows, max(rows, 1)))
+    return tiled.linear_cross_entropy(hidden, weight, labels, row_weights, min(tile_rows, max(rows, 1)), vocab_axis)

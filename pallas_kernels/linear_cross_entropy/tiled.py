@@ -11,20 +11,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.row_tiles import compact, put, take, tile_index
+from pallas_kernels.vocab_shards import equal_trips, first_id, log_sum_exp, total, total_ids
 
 Residuals = tuple[Float[Array, "R D"], Float[Array, "V D"], Int[Array, " R"], Float[Array, " R"], Float[Array, " R"]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def linear_cross_entropy(
     hidden: Float[Array, "R D"],
     weight: Float[Array, "V D"],
     labels: Int[Array, " R"],
     row_weights: Float[Array, " R"],
     tile_rows: int,
+    vocab_axis: str | None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Losses and lse, float32, 0 on rows of weight 0; the package documents the arguments."""
-    return _forward(hidden, weight, labels, row_weights, tile_rows)[0]
+    return _forward(hidden, weight, labels, row_weights, tile_rows, vocab_axis)[0]
 
 
 def _forward(
@@ -33,32 +35,39 @@ def _forward(
     labels: Int[Array, " R"],
     row_weights: Float[Array, " R"],
     tile_rows: int,
+    vocab_axis: str | None,
 ) -> tuple[tuple[Float[Array, " R"], Float[Array, " R"]], Residuals]:
     index, num_tiles = compact(row_weights != 0, tile_rows)
-    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    # A negative label would count from the end; past the end it reads NaN, as any other label outside [0, V).
-    targets = jnp.where(labels < 0, vocab_size, labels)
+    num_rows, num_ids = hidden.shape[0], weight.shape[0]
+    columns = labels - first_id(num_ids, vocab_axis)
+    is_here, is_token = (0 <= columns) & (columns < num_ids), (0 <= labels) & (labels < total_ids(num_ids, vocab_axis))
 
     def tile(number: Int[Array, ""], outputs: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = tile_index(index, number, tile_rows)
         logits = _tile_logits(take(hidden, rows), weight)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        at_label = jnp.take_along_axis(logits, take(targets, rows)[:, None], axis=1, mode="fill", fill_value=jnp.nan)
-        return put(outputs[0], rows, lse - at_label[:, 0]), put(outputs[1], rows, lse)
+        lse = log_sum_exp(logits, vocab_axis)
+        at_column = jnp.take_along_axis(logits, take(columns, rows)[:, None], axis=1, mode="clip")[:, 0]
+        at_label = total(jnp.where(take(is_here, rows), at_column, 0.0), vocab_axis)
+        loss = jnp.where(take(is_token, rows), lse - at_label, jnp.nan)
+        return put(outputs[0], rows, loss), put(outputs[1], rows, lse)
 
     zeros = jnp.zeros((num_rows,), jnp.float32)
-    loss, lse = jax.lax.fori_loop(0, num_tiles, tile, (zeros, zeros))
+    loss, lse = jax.lax.fori_loop(0, equal_trips(num_tiles, vocab_axis), tile, (zeros, zeros))
     return (loss, lse), (hidden, weight, labels, row_weights, lse)
 
 
 def _backward(
-    tile_rows: int, residuals: Residuals, cotangents: tuple[Float[Array, " R"], Float[Array, " R"]]
+    tile_rows: int,
+    vocab_axis: str | None,
+    residuals: Residuals,
+    cotangents: tuple[Float[Array, " R"], Float[Array, " R"]],
 ) -> tuple[Float[Array, "R D"], Float[Array, "V D"], None, None]:
     hidden, weight, labels, row_weights, lse = residuals
-    loss_bar, lse_bar = cotangents
+    # What the forward pass summed over the axis came out on each of its devices: `shard_map` splits its cotangent.
+    loss_bar, lse_bar = (total(cotangent, vocab_axis) for cotangent in cotangents)
     # A row whose loss nobody differentiates (a metric, a frozen stream) is dropped as well.
     index, num_tiles = compact((row_weights != 0) & ((loss_bar != 0) | (lse_bar != 0)), tile_rows)
-    ids = jnp.arange(weight.shape[0], dtype=labels.dtype)[None]
+    ids = (first_id(weight.shape[0], vocab_axis) + jnp.arange(weight.shape[0], dtype=labels.dtype))[None]
 
     def tile(number: Int[Array, ""], grads: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = tile_index(index, number, tile_rows)
@@ -73,6 +82,7 @@ def _backward(
         return put(grads[0], rows, hidden_bar.astype(hidden.dtype)), grads[1] + weight_bar
 
     zeros = jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(weight.shape, jnp.float32)
+    # Of a cut vocabulary `hidden_bar` is this device's part; `shard_map` sums what its inputs have in common.
     hidden_bar, weight_bar = jax.lax.fori_loop(0, num_tiles, tile, zeros)
     return hidden_bar, weight_bar.astype(weight.dtype), None, None
 

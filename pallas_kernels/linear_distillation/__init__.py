@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear_distillation import tiled
+from pallas_kernels.vocab_shards import total_ids
 
 
 def linear_distillation(
@@ -14,6 +15,7 @@ def linear_distillation(
     *,
     excluded_id: int,
     tile_rows: int = 512,
+    vocab_axis: str | None = None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Per-row divergences of q = `softmax(student @ weight.T)` from p = `softmax(teacher @ weight.T)`.
 
@@ -35,6 +37,8 @@ def linear_distillation(
         row_weights: 0 drops the row, any other value keeps it; receives no gradient.
         excluded_id: token outside both distributions, in [0, V).
         tile_rows: rows whose float32 logits, twice [tile_rows, V], exist at a time.
+        vocab_axis: mesh axis over which V is cut, inside `jax.shard_map`: `weight` then holds this device's
+            equal part, in order, and the devices of the axis hold the same rows.
 
     Returns:
         kl and tv, float32, 0 on dropped rows. Both may be differentiated with respect to `student` and
@@ -56,10 +60,13 @@ def linear_distillation(
         raise ValueError(f"{weight.shape=}, but student.shape={student.shape} needs [V, {width}]")
     if row_weights.shape != (rows,):
         raise ValueError(f"{row_weights.shape=}, but student has {rows} rows: need ({rows},)")
-    if not 0 <= excluded_id < weight.shape[0] or weight.shape[0] == 1:
+    vocab_size = total_ids(weight.shape[0], vocab_axis)
+    if not 0 <= excluded_id < vocab_size or vocab_size == 1:
         raise ValueError(f"{excluded_id=} must be one of several tokens, but {weight.shape=}")
     if tile_rows < 1:
         raise ValueError(f"{tile_rows=} must be at least 1")
     if not (student.dtype == teacher.dtype == weight.dtype and jnp.issubdtype(student.dtype, jnp.floating)):
         raise TypeError(f"{student.dtype=}, {teacher.dtype=} and {weight.dtype=} must be the same floating dtype")
-    return tiled.linear_distillation(student, teacher, weight, row_weights, excluded_id, min(tile_rows, max(rows, 1)))
+    return tiled.linear_distillation(
+        student, teacher, weight, row_weights, excluded_id, min(tile_rows, max(rows, 1)), vocab_axis
+    )

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.row_tiles import compact, put, take, tile_index
+from pallas_kernels.vocab_shards import equal_trips, first_id, log_sum_exp, total
 
 Residuals = tuple[Float[Array, "R D"], Float[Array, "R D"], Float[Array, "V D"], Float[Array, " R"]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_distillation(
     student: Float[Array, "R D"],
     teacher: Float[Array, "R D"],
@@ -25,9 +26,10 @@ def linear_distillation(
     row_weights: Float[Array, " R"],
     excluded_id: int,
     tile_rows: int,
+    vocab_axis: str | None,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Both divergences, float32, 0 on rows of weight 0; the package documents the arguments."""
-    return _forward(student, teacher, weight, row_weights, excluded_id, tile_rows)[0]
+    return _forward(student, teacher, weight, row_weights, excluded_id, tile_rows, vocab_axis)[0]
 
 
 def _forward(
@@ -37,44 +39,49 @@ def _forward(
     row_weights: Float[Array, " R"],
     excluded_id: int,
     tile_rows: int,
+    vocab_axis: str | None,
 ) -> tuple[tuple[Float[Array, " R"], Float[Array, " R"]], Residuals]:
     index, num_tiles = compact(row_weights != 0, tile_rows)
 
     def tile(number: Int[Array, ""], outputs: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = tile_index(index, number, tile_rows)
-        log_q = _log_probs(take(student, rows), weight, excluded_id)
-        log_p = _log_probs(take(teacher, rows), weight, excluded_id)
+        log_q = _log_probs(take(student, rows), weight, excluded_id, vocab_axis)
+        log_p = _log_probs(take(teacher, rows), weight, excluded_id, vocab_axis)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         # The excluded token is -inf in both: its difference is NaN, its share 0.
-        kl = jnp.sum(jnp.where(_is_excluded(log_p, excluded_id), 0.0, p * (log_p - log_q)), axis=-1)
+        kl = jnp.sum(jnp.where(_is_excluded(log_p, excluded_id, vocab_axis), 0.0, p * (log_p - log_q)), axis=-1)
         # 1 - sum min(p, q), without the cancellation: p and q sum to one.
         tv = jnp.sum(jnp.maximum(p - q, 0.0), axis=-1)
+        kl, tv = total(kl, vocab_axis), total(tv, vocab_axis)
         return put(outputs[0], rows, kl), put(outputs[1], rows, tv)
 
     zeros = jnp.zeros(row_weights.shape, jnp.float32)
-    kl, tv = jax.lax.fori_loop(0, num_tiles, tile, (zeros, zeros))
+    kl, tv = jax.lax.fori_loop(0, equal_trips(num_tiles, vocab_axis), tile, (zeros, zeros))
     return (kl, tv), (student, teacher, weight, row_weights)
 
 
 def _backward(
     excluded_id: int,
     tile_rows: int,
+    vocab_axis: str | None,
     residuals: Residuals,
     cotangents: tuple[Float[Array, " R"], Float[Array, " R"]],
 ) -> tuple[Float[Array, "R D"], None, Float[Array, "V D"], None]:
     student, teacher, weight, row_weights = residuals
-    kl_bar, tv_bar = cotangents
+    # What the forward pass summed over the axis came out on each of its devices: `shard_map` splits its cotangent.
+    kl_bar, tv_bar = (total(cotangent, vocab_axis) for cotangent in cotangents)
     # A row whose divergences nobody differentiates is dropped as well.
     index, num_tiles = compact((row_weights != 0) & ((kl_bar != 0) | (tv_bar != 0)), tile_rows)
 
     def tile(number: Int[Array, ""], grads: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = tile_index(index, number, tile_rows)
         tile_student = take(student, rows)
-        q = jnp.exp(_log_probs(tile_student, weight, excluded_id))
-        p = jnp.exp(_log_probs(take(teacher, rows), weight, excluded_id))
+        q = jnp.exp(_log_probs(tile_student, weight, excluded_id, vocab_axis))
+        p = jnp.exp(_log_probs(take(teacher, rows), weight, excluded_id, vocab_axis))
         lacking = jnp.where(q < p, q, 0.0)
         to_kl, to_tv = take(kl_bar, rows)[:, None], take(tv_bar, rows)[:, None]
-        logits_bar = to_kl * (q - p) + to_tv * (q * jnp.sum(lacking, axis=-1, keepdims=True) - lacking)
+        mass = total(jnp.sum(lacking, axis=-1, keepdims=True), vocab_axis)
+        logits_bar = to_kl * (q - p) + to_tv * (q * mass - lacking)
         # Cast so that both products run in the dtype of the inputs; their sums stay float32.
         logits_bar = logits_bar.astype(student.dtype)
         student_bar = jnp.einsum("IV,VD->ID", logits_bar, weight, preferred_element_type=jnp.float32)
@@ -82,17 +89,22 @@ def _backward(
         return put(grads[0], rows, student_bar.astype(student.dtype)), grads[1] + weight_bar
 
     zeros = jnp.zeros(student.shape, student.dtype), jnp.zeros(weight.shape, jnp.float32)
-    student_bar, weight_bar = jax.lax.fori_loop(0, num_tiles, tile, zeros)
+    # Of a cut vocabulary `student_bar` is this device's part; `shard_map` sums what its inputs have in common.
+    student_bar, weight_bar = jax.lax.fori_loop(0, equal_trips(num_tiles, vocab_axis), tile, zeros)
     return student_bar, None, weight_bar.astype(weight.dtype), None
 
 
 linear_distillation.defvjp(_forward, _backward)
 
 
-def _log_probs(tile_hidden: Float[Array, "I D"], weight: Float[Array, "V D"], excluded_id: int) -> Float[Array, "I V"]:
+def _log_probs(
+    tile_hidden: Float[Array, "I D"], weight: Float[Array, "V D"], excluded_id: int, vocab_axis: str | None
+) -> Float[Array, "I V"]:
     logits = jnp.einsum("ID,VD->IV", tile_hidden, weight, preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(jnp.where(_is_excluded(logits, excluded_id), -jnp.inf, logits))
+    logits = jnp.where(_is_excluded(logits, excluded_id, vocab_axis), -jnp.inf, logits)
+    return logits - log_sum_exp(logits, vocab_axis)[:, None]
 
 
-def _is_excluded(logits: Float[Array, "I V"], excluded_id: int) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == excluded_id
+def _is_excluded(logits: Float[Array, "I V"], excluded_id: int, vocab_axis: str | None) -> Array:
+    ids = first_id(logits.shape[1], vocab_axis) + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return ids == excluded_id

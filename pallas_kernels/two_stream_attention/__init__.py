@@ -30,7 +30,6 @@ def two_stream_attention(
     segment_ids: Int[Array, "B L"],
     positions: Int[Array, "B L"],
     block_start: Int[Array, "B L"],
-    clean_grad: bool = True,
     body: Body = Body.REFERENCE,
     tiles: Tiles | None = None,
     interpret: bool = False,
@@ -49,8 +48,7 @@ def two_stream_attention(
     partitioned by XLA: where batch or heads are sharded, call the op inside `jax.shard_map`.
 
     A segment of l rows has l * (l + 1) visible pairs, whatever its blocks: a noisy row sees as many keys as the
-    clean row beside it. The matrix products take 4 * N * H FLOP per pair forward and 10 * N * H backward; with
-    `clean_grad=False`, 6 * N * H for the half of the pairs that are the noisy rows', and next to nothing more.
+    clean row beside it. The matrix products take 4 * N * H FLOP per pair forward and 10 * N * H backward.
 
     Args:
         q_noisy: rotated queries of the noisy stream; query head n reads key head n // (N / K).
@@ -63,8 +61,6 @@ def two_stream_attention(
         positions: position of each row inside its document; any value in padding.
         block_start: position at which the row's block starts, at most the row's own, 0 or less for the first
             block; any value in padding.
-        clean_grad: False stops gradients at the clean stream: its q, k and v get zeros, and the kernel bodies
-            compute none of them. For a clean stream made by frozen weights.
         body: which implementation runs.
         tiles: of the kernel bodies; by default those of the device's kind.
         interpret: run a kernel body in Pallas' interpreter.
@@ -86,20 +82,56 @@ def two_stream_attention(
     indices = {"segment_ids": segment_ids, "positions": positions, "block_start": block_start}
     _check(streams, indices)
     if body is Body.REFERENCE:
-        if not clean_grad:
-            q_clean, k_clean, v_clean = jax.lax.stop_gradient((q_clean, k_clean, v_clean))
         return reference.two_stream_attention(q_noisy, k_noisy, v_noisy, q_clean, k_clean, v_clean, **indices)
     noisy, clean = fused.attend(
         Stream(q_noisy, k_noisy, v_noisy),
         Stream(q_clean, k_clean, v_clean),
         **indices,
-        clean_grad=clean_grad,
         body=body,
         tiles=_choose_tiles(q_clean, body, tiles),
         interpret=interpret,
     )
-    assert noisy is not None
+    assert noisy is not None and clean is not None
     return noisy, clean
+
+
+def noisy_attention(
+    q_noisy: Float[Array, "B L N H"],
+    k_noisy: Float[Array, "B L K H"],
+    v_noisy: Float[Array, "B L K H"],
+    k_clean: Float[Array, "B L K H"],
+    v_clean: Float[Array, "B L K H"],
+    *,
+    segment_ids: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    block_start: Int[Array, "B L"],
+    body: Body = Body.REFERENCE,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B L N H"]:
+    """The noisy stream of `two_stream_attention` by itself, over clean keys and values that are constants.
+
+    For a clean stream made by frozen weights, whose rows have run before (`packed_causal_attention`): `k_clean` and
+    `v_clean` receive no gradient, and none is computed. A segment of l rows has l * (l + 1) / 2 visible pairs, of
+    4 * N * H FLOP forward and 6 * N * H (noisy queries) plus 4 * N * H a pair of one block backward. Arguments,
+    errors and layout are those of `two_stream_attention`.
+    """
+    streams = {"q_noisy": q_noisy, "k_noisy": k_noisy, "v_noisy": v_noisy, "k_clean": k_clean, "v_clean": v_clean}
+    indices = {"segment_ids": segment_ids, "positions": positions, "block_start": block_start}
+    _check(streams, indices)
+    k_clean, v_clean = jax.lax.stop_gradient((k_clean, v_clean))
+    if body is Body.REFERENCE:
+        return reference.noisy_attention(q_noisy, k_noisy, v_noisy, k_clean, v_clean, **indices)
+    out, _ = fused.attend(
+        Stream(q_noisy, k_noisy, v_noisy),
+        Stream(None, k_clean, v_clean),
+        **indices,
+        body=body,
+        tiles=_choose_tiles(q_noisy, body, tiles),
+        interpret=interpret,
+    )
+    assert out is not None
+    return out
 
 
 def packed_causal_attention(
@@ -128,29 +160,31 @@ def packed_causal_attention(
         positions=positions,
         # Blocks of one row: whole tiles are those whose last key comes before the tile's first row.
         block_start=positions,
-        clean_grad=True,
         body=body,
         tiles=_choose_tiles(q, body, tiles),
         interpret=interpret,
     )
+    assert out is not None
     return out
 
 
 def _check(streams: dict[str, Array], indices: dict[str, Array]) -> None:
-    queries, keys = streams["q_clean"], streams["k_clean"]
+    queries, keys = next(iter(streams.values())), streams["k_clean"]
     batch, length, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     for name, stream in streams.items():
         expected = (batch, length, heads if name.startswith("q") else kv_heads, head_dim)
         if stream.shape != expected:
-            raise ValueError(f"{name}.shape={stream.shape}, but q_clean and k_clean imply {expected}")
+            raise ValueError(f"{name}.shape={stream.shape}, but queries and k_clean imply {expected}")
         if stream.dtype != queries.dtype or not jnp.issubdtype(stream.dtype, jnp.floating):
-            raise TypeError(f"{name}.dtype={stream.dtype}, but all streams need one floating dtype, {queries.dtype=}")
+            raise TypeError(
+                f"{name}.dtype={stream.dtype}, but all streams need one floating dtype, here {queries.dtype}"
+            )
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key heads")
     for name, index in indices.items():
         if index.shape != (batch, length):
-            raise ValueError(f"{name}.shape={index.shape}, but q_clean implies {(batch, length)}")
+            raise ValueError(f"{name}.shape={index.shape}, but queries imply {(batch, length)}")
         if not jnp.issubdtype(index.dtype, jnp.integer):
             raise TypeError(f"{name}.dtype={index.dtype} is not an integer dtype")
 

@@ -19,8 +19,9 @@ from pallas_kernels.two_stream_attention.streams import Cotangent, Mixed, Stream
 from pallas_kernels.two_stream_attention.tiles import Tiles
 
 SAVED = "two_stream_attention"
-Static = tuple[Body, Tiles, bool, bool]
-Residuals = tuple[Stream | None, Stream, Intervals, Mixed | None, Mixed]
+Static = tuple[Body, Tiles, bool]
+Outs = tuple[Float[Array, "B L N H"] | None, Float[Array, "B L N H"] | None]
+Residuals = tuple[Stream | None, Stream, Intervals, Mixed | None, Mixed | None]
 
 
 def attend(
@@ -30,12 +31,14 @@ def attend(
     segment_ids: Int[Array, "B L"],
     positions: Int[Array, "B L"],
     block_start: Int[Array, "B L"],
-    clean_grad: bool,
     body: Body,
     tiles: Tiles,
     interpret: bool,
-) -> tuple[Float[Array, "B L N H"] | None, Float[Array, "B L N H"]]:
-    """Outputs of the given streams by the kernels of `body`; the package checks that it has some."""
+) -> Outs:
+    """Outputs of the streams that have queries, by the kernels of `body`; the package checks that it has some.
+
+    A clean stream without queries is constant.
+    """
     length = segment_ids.shape[1]
     missing = -length % tiles.largest
 
@@ -44,48 +47,43 @@ def attend(
 
     noisy, clean = jax.tree.map(pad, (noisy, clean))
     intervals = find_intervals(pad(segment_ids), pad(positions), pad(block_start))
-    outs = _attend(noisy, clean, intervals, (body, tiles, clean_grad, interpret))
+    outs = _attend(noisy, clean, intervals, (body, tiles, interpret))
     return jax.tree.map(lambda out: out[:, :length], outs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(
-    noisy: Stream | None, clean: Stream, intervals: Intervals, static: Static
-) -> tuple[Float[Array, "B L N H"] | None, Float[Array, "B L N H"]]:
+def _attend(noisy: Stream | None, clean: Stream, intervals: Intervals, static: Static) -> Outs:
     return _forward(noisy, clean, intervals, static)[0]
 
 
-def _forward(
-    noisy: Stream | None, clean: Stream, intervals: Intervals, static: Static
-) -> tuple[tuple[Float[Array, "B L N H"] | None, Float[Array, "B L N H"]], Residuals]:
-    body, tiles, _, interpret = static
+def _forward(noisy: Stream | None, clean: Stream, intervals: Intervals, static: Static) -> tuple[Outs, Residuals]:
+    body, tiles, interpret = static
     mixed = _kernels_of(body).mix(noisy, clean, intervals, tiles.forward, interpret)
     noisy_mixed, clean_mixed = jax.tree.map(lambda array: checkpoint_name(array, SAVED), mixed)
-    outs = noisy_mixed and noisy_mixed.out, clean_mixed.out
+    outs = noisy_mixed and noisy_mixed.out, clean_mixed and clean_mixed.out
     return outs, (noisy, clean, intervals, noisy_mixed, clean_mixed)
 
 
 def _backward(
     static: Static,
     residuals: Residuals,
-    out_bars: tuple[Float[Array, "B L N H"] | None, Float[Array, "B L N H"]],
+    out_bars: Outs,
 ) -> tuple[Stream | None, Stream, None]:
-    body, tiles, clean_grad, interpret = static
+    body, tiles, interpret = static
     kernels = _kernels_of(body)
     noisy, clean, intervals, noisy_mixed, clean_mixed = residuals
     noisy_bar = _cotangent(noisy_mixed, out_bars[0])
-    clean_bar = _cotangent(clean_mixed, out_bars[1]) if clean_grad else None
-    seen = clean if clean_grad else clean._replace(q=None)
+    clean_bar = _cotangent(clean_mixed, out_bars[1])
 
     noisy_q_bar, clean_q_bar = kernels.query_grads(
-        noisy, seen, noisy_bar, clean_bar, intervals, tiles.query_grads, interpret
+        noisy, clean, noisy_bar, clean_bar, intervals, tiles.query_grads, interpret
     )
-    noisy_grads, clean_grads = None, Stream(*(jnp.zeros_like(array) for array in clean))
+    noisy_grads, clean_grads = None, jax.tree.map(jnp.zeros_like, clean)
     if noisy:
         noisy_grads = Stream(
             noisy_q_bar, *kernels.noisy_key_grads(noisy, noisy_bar, intervals, tiles.key_grads, interpret)
         )
-    if clean_grad:
+    if clean_bar:
         noisy_q = noisy and noisy.q
         key_bars = kernels.clean_key_grads(noisy_q, clean, noisy_bar, clean_bar, intervals, tiles.key_grads, interpret)
         clean_grads = Stream(clean_q_bar, *key_bars)

@@ -18,18 +18,34 @@ def two_stream_attention(
     block_start: Int[Array, "B L"],
 ) -> tuple[Float[Array, "B L N H"], Float[Array, "B L N H"]]:
     """The op as its contract states it; see the package for arguments and rules."""
+    indices = {"segment_ids": segment_ids, "positions": positions}
+    noisy = noisy_attention(q_noisy, k_noisy, v_noisy, k_clean, v_clean, block_start=block_start, **indices)
+    return noisy, packed_causal_attention(q_clean, k_clean, v_clean, **indices)
+
+
+def noisy_attention(
+    q_noisy: Float[Array, "B L N H"],
+    k_noisy: Float[Array, "B L K H"],
+    v_noisy: Float[Array, "B L K H"],
+    k_clean: Float[Array, "B L K H"],
+    v_clean: Float[Array, "B L K H"],
+    *,
+    segment_ids: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    block_start: Int[Array, "B L"],
+) -> Float[Array, "B L N H"]:
+    """The noisy stream alone."""
     # In all masks the second axis is the row that looks, the third the key that is seen.
     is_same_segment = _is_same_segment(segment_ids)
     is_past = is_same_segment & (positions[:, None, :] <= positions[:, :, None])
     is_before_block = is_same_segment & (positions[:, None, :] < block_start[:, :, None])
     is_in_block = is_past & (block_start[:, None, :] == block_start[:, :, None])
-    noisy = _attend(
+    return _attend(
         q_noisy,
         jnp.concatenate([k_clean, k_noisy], axis=1),
         jnp.concatenate([v_clean, v_noisy], axis=1),
         jnp.concatenate([is_before_block, is_in_block], axis=2),
     )
-    return noisy, _attend(q_clean, k_clean, v_clean, is_past)
 
 
 def packed_causal_attention(

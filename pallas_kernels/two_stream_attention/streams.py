@@ -1,7 +1,7 @@
 """The bundles that pass between the kernel wrappers: arrays, or the refs and specs that stand for them.
 
 A bundle or a field is None where a pass has no use for it: no noisy stream in plain causal attention, no clean
-queries in the backward pass of a frozen clean stream.
+queries where the clean stream has run before and is constant.
 """
 
 from typing import Any, NamedTuple

@@ -41,19 +41,21 @@ from pallas_kernels.two_stream_attention.tiles import PassTiles
 
 def mix(
     noisy: Stream | None, clean: Stream, intervals: Intervals, tiles: PassTiles, interpret: bool
-) -> tuple[Mixed | None, Mixed]:
-    """Outputs and statistics of the streams that are given."""
-    batch, length, heads, head_dim = clean.q.shape
+) -> tuple[Mixed | None, Mixed | None]:
+    """Outputs and statistics of the streams that have queries."""
+    noisy_q, clean_q = noisy and noisy.q, clean.q
+    some_q: Any = noisy_q if clean_q is None else clean_q
+    batch, length, heads, head_dim = some_q.shape
     bounds = ranges_of_row_tiles(intervals, rows=tiles.rows, keys=tiles.keys)
     specs = _RowSpecs(bounds, heads // clean.k.shape[2], head_dim, tiles)
 
-    def out_shape(stream: Stream | None) -> Mixed | None:
-        out = jax.ShapeDtypeStruct((batch, heads, length, head_dim), clean.v.dtype)
-        return stream and Mixed(out, jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32))
+    def of_queries(value: Any) -> tuple[Any, Any]:
+        return None if noisy_q is None else value, None if clean_q is None else value
 
-    def scratch(stream: Stream | None) -> Any:
-        column = pltpu.VMEM((tiles.rows, 1), jnp.float32)
-        return stream and [pltpu.VMEM((tiles.rows, head_dim), jnp.float32), column, column]
+    out = jax.ShapeDtypeStruct((batch, heads, length, head_dim), clean.v.dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32)
+    column = pltpu.VMEM((tiles.rows, 1), jnp.float32)
+    scratch = [pltpu.VMEM((tiles.rows, head_dim), jnp.float32), column, column]
 
     mixed = pl.pallas_call(
         functools.partial(_mix_kernel, tiles=tiles, scale=maths.base2_scale(head_dim), num_row_tiles=bounds.shape[1]),
@@ -64,12 +66,12 @@ def mix(
                 specs.interval,
                 specs.interval,
                 noisy and Stream(specs.row_tile, specs.noisy_keys, specs.noisy_keys),
-                Stream(specs.row_tile, specs.clean_keys, specs.clean_keys),
+                Stream(None if clean_q is None else specs.row_tile, specs.clean_keys, specs.clean_keys),
             ],
-            out_specs=tuple(stream and Mixed(specs.row_tile, specs.statistics) for stream in (noisy, clean)),
-            scratch_shapes=[_interval_scratch(tiles), scratch(noisy), scratch(clean)],
+            out_specs=of_queries(Mixed(specs.row_tile, specs.statistics)),
+            scratch_shapes=[_interval_scratch(tiles), *of_queries(scratch)],
         ),
-        out_shape=(out_shape(noisy), out_shape(clean)),
+        out_shape=of_queries(Mixed(out, lse)),
         compiler_params=_compiler_params(3, 1),
         interpret=interpreter(interpret),
         name="two_stream_mix",
@@ -242,7 +244,8 @@ def _mix_kernel(
     span = _tile_range(bounds, pl.program_id(0) * num_row_tiles + tile)
     number = span.lower + step
     streams = [(noisy, noisy_seen, noisy_out, Sight.NOISY_TO_CLEAN)] if noisy else []
-    streams.append((clean, clean_seen, clean_out, Sight.CLEAN_TO_CLEAN))
+    if clean_out:
+        streams.append((clean, clean_seen, clean_out, Sight.CLEAN_TO_CLEAN))
 
     @pl.when(step == 0)
     def _() -> None:

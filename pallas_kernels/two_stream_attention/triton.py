@@ -43,25 +43,27 @@ from pallas_kernels.two_stream_attention.tiles import PassTiles
 
 def mix(
     noisy: Stream | None, clean: Stream, intervals: Intervals, tiles: PassTiles, interpret: bool
-) -> tuple[Mixed | None, Mixed]:
-    """Outputs and statistics of the streams that are given."""
-    batch, length, heads, head_dim = clean.q.shape
+) -> tuple[Mixed | None, Mixed | None]:
+    """Outputs and statistics of the streams that have queries."""
+    noisy_q, clean_q = noisy and noisy.q, clean.q
+    some_q: Any = noisy_q if clean_q is None else clean_q
+    batch, length, heads, head_dim = some_q.shape
     group = heads // clean.k.shape[2]
     row_tile, row_statistics, whole = _row_specs(length, head_dim, tiles.rows, group)
 
     def stream_specs(stream: Stream | None) -> Stream | None:
-        return stream and Stream(row_tile, whole, whole)
+        return stream and Stream(None if stream.q is None else row_tile, whole, whole)
 
-    def out_shape(stream: Stream | None) -> Mixed | None:
+    def out_shape(q: Any) -> Mixed | None:
         lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-        return stream and Mixed(jax.ShapeDtypeStruct(stream.q.shape, stream.v.dtype), lse)
+        return None if q is None else Mixed(jax.ShapeDtypeStruct(q.shape, clean.v.dtype), lse)
 
     return pl.pallas_call(
         functools.partial(_mix_kernel, tiles=tiles, scale=maths.base2_scale(head_dim)),
         grid=(heads, batch, length // tiles.rows),
         in_specs=[*_interval_specs(length, tiles.rows), stream_specs(noisy), stream_specs(clean)],
-        out_specs=tuple(stream and Mixed(row_tile, row_statistics) for stream in (noisy, clean)),
-        out_shape=(out_shape(noisy), out_shape(clean)),
+        out_specs=tuple(None if q is None else Mixed(row_tile, row_statistics) for q in (noisy_q, clean_q)),
+        out_shape=(out_shape(noisy_q), out_shape(clean_q)),
         compiler_params=_compiler_params(tiles),
         interpret=interpret,
         name="two_stream_mix",
@@ -197,7 +199,7 @@ def _mix_kernel(
     noisy: Stream | None,
     clean: Stream,
     noisy_out: Mixed | None,
-    clean_out: Mixed,
+    clean_out: Mixed | None,
     *,
     tiles: PassTiles,
     scale: float,
@@ -205,7 +207,8 @@ def _mix_kernel(
     span = _tile_range(bounds)
     sees = _sights(document_first, block_first, tiles)
     queries = [(noisy.q[...], sees[Sight.NOISY_TO_CLEAN])] if noisy else []
-    queries.append((clean.q[...], sees[Sight.CLEAN_TO_CLEAN]))
+    if clean_out:
+        queries.append((clean.q[...], sees[Sight.CLEAN_TO_CLEAN]))
 
     def clean_tile(number: Any, seen: list[maths.Mixture], *, is_masked: bool) -> list[maths.Mixture]:
         k, v, column = _load_keys(clean, number, tiles)
@@ -222,7 +225,7 @@ def _mix_kernel(
     seen = _visit(span, clean_tile, [maths.no_mixture(*q.shape) for q, _ in queries])
     if noisy:
         seen[0] = jax.lax.fori_loop(span.band_lower, span.band_upper, noisy_tile, seen[0])
-    outputs = [noisy_out, clean_out] if noisy_out else [clean_out]
+    outputs = [output for output in (noisy_out, clean_out) if output]
     for output, each in zip(outputs, seen, strict=True):
         out, lse = maths.finish(each)
         output.out[...] = out.astype(output.out.dtype)

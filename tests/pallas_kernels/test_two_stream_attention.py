@@ -10,7 +10,12 @@ import pytest
 from jax.test_util import check_grads
 
 from pallas_kernels.bodies import Body
-from pallas_kernels.two_stream_attention import BODIES, packed_causal_attention, two_stream_attention
+from pallas_kernels.two_stream_attention import (
+    BODIES,
+    noisy_attention,
+    packed_causal_attention,
+    two_stream_attention,
+)
 from pallas_kernels.two_stream_attention.tiles import PassTiles, Tiles
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 45, 4, 2, 16
@@ -54,14 +59,12 @@ def packed():
 
 
 @functools.cache
-def program(body, clean_grad=True):
+def program(body):
     """One compilation per body: outputs of both streams and gradients of all six inputs."""
 
     @jax.jit
     def outs_and_grads(arrays, indices, bars):
-        op = functools.partial(
-            two_stream_attention, **indices, clean_grad=clean_grad, body=body, tiles=TILES[body], interpret=True
-        )
+        op = functools.partial(two_stream_attention, **indices, body=body, tiles=TILES[body], interpret=True)
         outs, vjp = jax.vjp(op, *arrays)
         return outs, vjp(bars)
 
@@ -75,8 +78,8 @@ def cotangents(dtype="float32"):
 
 
 @functools.cache
-def run(body, dtype="float32", clean_grad=True):
-    return program(body, clean_grad)(streams(dtype), packed(), cotangents(dtype))
+def run(body, dtype="float32"):
+    return program(body)(streams(dtype), packed(), cotangents(dtype))
 
 
 @functools.cache
@@ -178,9 +181,16 @@ def test_zero_cotangents_give_exact_zeros(body):
 
 
 @every_body
-def test_a_frozen_clean_stream_gets_zeros_and_changes_no_other_gradient(body):
-    outs, grads = run(body, clean_grad=False)
-    for got, want in zip((*outs, *grads[:3]), (*run(body)[0], *run(body)[1][:3]), strict=True):
+def test_the_noisy_stream_over_a_constant_clean_one_has_the_same_bits_and_gradients(body):
+    @jax.jit
+    def out_and_grads(arrays, indices, bar):
+        op = functools.partial(noisy_attention, **indices, body=body, tiles=TILES[body], interpret=True)
+        out, vjp = jax.vjp(op, *arrays)
+        return out, vjp(bar)
+
+    noisy, clean_keys = streams()[:3], streams()[4:]
+    out, grads = out_and_grads([*noisy, *clean_keys], packed(), cotangents()[0])
+    for got, want in zip((out, *grads[:3]), (run(body)[0][0], *run(body)[1][:3]), strict=True):
         np.testing.assert_array_equal(got, want)
     for grad in grads[3:]:
         np.testing.assert_array_equal(grad, 0)

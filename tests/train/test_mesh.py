@@ -19,11 +19,15 @@ from train.loop import run_training
 from train.mesh import ROWS, make_mesh, state_sharding
 from train.step import init_state, make_train_step
 
-# data, fsdp, tensor
+# data, fsdp, context, tensor
 MESHES = [
-    (2, 2, 1),
-    (1, 2, 2),
-    *(pytest.param(each, marks=pytest.mark.slow) for each in [(1, 4, 1), (1, 1, 2)]),
+    (2, 2, 1, 2),
+    (1, 2, 2, 2),
+    (1, 1, 4, 1),  # two key heads over four devices: gathered
+    *(
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (4, 1, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
+    ),
 ]
 RUN = {
     "run_name": "mesh",
@@ -80,8 +84,8 @@ def on_one_device(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_a_step_is_the_same_on_every_mesh(objective, shape):
-    data, fsdp, tensor = shape
-    mesh = make_mesh(MeshShape(data=data, fsdp=fsdp, tensor=tensor), jax.devices())
+    data, fsdp, context, tensor = shape
+    mesh = make_mesh(MeshShape(data=data, fsdp=fsdp, context=context, tensor=tensor), jax.devices())
     (metrics, moments), state = one_step(OBJECTIVES[objective], mesh)
     wanted_metrics, wanted_moments = on_one_device(objective)
     for name, value in wanted_metrics.items():
@@ -92,7 +96,8 @@ def test_a_step_is_the_same_on_every_mesh(objective, shape):
     leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
     held = sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
     # Head norms stay whole. Of an adapter only the wide axes are cut, each over one mesh axis.
-    assert held < (0.85 if objective == "lora" and fsdp * tensor > 1 else 1.1 / (fsdp * tensor))
+    cuts = fsdp * context * tensor
+    assert held < (0.85 if objective == "lora" and cuts > 1 else 1.1 / cuts)
 
 
 def test_a_run_goes_on_over_another_mesh_and_ends_where_one_device_does(tmp_path):
@@ -117,8 +122,10 @@ def test_a_run_goes_on_over_another_mesh_and_ends_where_one_device_does(tmp_path
     [
         ({"fsdp": 3}, r"4 rows do not divide over data x fsdp = 3 devices"),
         ({"tensor": 2}, r"mesh.tensor=2 does not divide num_kv_heads=1"),
-        ({"data": 3, "fsdp": 2}, r"needs 6 devices, but there are 4"),
-        ({"data": 3, "fsdp": -1}, r"4 devices are no multiple of 3"),
+        ({"context": 3}, r"mesh.context x mesh.tensor = 3 does not divide max_seq_len=32"),
+        ({"context": 4}, r"= 4 cannot share out num_heads=2 and num_kv_heads=1"),
+        ({"data": 3, "fsdp": 3}, r"needs 9 devices, but there are 8"),
+        ({"data": 3, "fsdp": -1}, r"8 devices are no multiple of 3"),
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from idlm_jax.model.attention import causal_attend
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from tests.support.tiny_model import tiny_module
 from tests.train.dense_definition import (
+    LORA,
     MASK,
     dense_hidden,
     dense_layout,
@@ -173,28 +174,49 @@ def test_a_noisy_row_is_what_decoding_sees_for_that_draft(block_length, with_lor
         np.testing.assert_allclose(noisy[0, i], decoded[row, i], atol=2e-5)
 
 
-def hidden_and_logits(module):
-    hidden = objective.two_stream_hidden(module, lay_out(packed_batch(phase=False), settings(3)))
-    return hidden, module.logits(hidden)
+def layout_of_documents():
+    return lay_out(packed_batch(phase=False), settings(3))
 
 
-def test_an_adapter_leaves_clean_rows_bitwise_the_base_and_changes_every_mask_row():
+def noisy_and_clean(module):
+    return jnp.split(objective.two_stream_hidden(module, layout_of_documents()), 2, axis=1)
+
+
+def test_clean_rows_beside_an_adapter_are_bitwise_those_of_the_base_alone():
     base = tiny_module()
-    length = packed_batch().tokens.shape[1]
-    for ours, expected in zip(
-        jitted(hidden_and_logits, with_random_adapter(base)), jitted(hidden_and_logits, base), strict=True
-    ):
-        np.testing.assert_array_equal(ours[:, length:], expected[:, length:])
-        change = np.abs(np.asarray(ours) - np.asarray(expected))[:, :length].max(-1)
-        assert (change[packed_batch().is_response] > 1e-3).all()
+    _, clean = jitted(noisy_and_clean, with_random_adapter(base))
+    alone = jitted(lambda module: objective.clean_hidden(module, layout_of_documents()), base)
+    np.testing.assert_array_equal(clean, alone)
 
 
-def test_prompt_tokens_repeated_in_the_noisy_stream_are_not_gated():
+def test_an_adapter_changes_every_mask_row_and_no_prompt_row_that_the_noisy_stream_repeats():
     base = tiny_module()
-    ours, _ = jitted(hidden_and_logits, with_random_adapter(base))
-    expected, _ = jitted(hidden_and_logits, base)
+    ours, _ = jitted(noisy_and_clean, with_random_adapter(base))
+    without, _ = jitted(noisy_and_clean, tiny_module(lora=LORA))  # a fresh adapter changes nothing
+    change = np.abs(np.asarray(ours) - np.asarray(without)).max(-1)
+    assert (change[packed_batch().is_response] > 1e-3).all()
     # The four prompt rows of the first document, one of which holds the MASK id as text.
-    np.testing.assert_array_equal(ours[0, :4], expected[0, :4])
+    np.testing.assert_array_equal(ours[0, :4], without[0, :4])
+
+
+def test_a_fresh_adapter_over_the_frozen_pass_has_the_hidden_states_of_the_base_over_both_streams():
+    fresh, base = tiny_module(lora=LORA), tiny_module()
+    for got, want in zip(jitted(noisy_and_clean, fresh), jitted(noisy_and_clean, base), strict=True):
+        real = packed_batch().segment_ids != 0
+        np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-5)
+
+
+def test_lora_mode_runs_no_backward_pass_through_the_clean_stream():
+    # A wide MLP, so that its products outweigh attention and the head; unrolled, or a loop's body would count once.
+    module = tiny_module(lora=LORA, mlp_size=2048, scan_unroll=2)
+    graph, adapter, base = nnx.split(module, nnx.LoRAParam, ...)
+
+    def loss_of(adapter):
+        return introspective_loss(nnx.merge(graph, adapter, base), packed_batch(), settings(3))[0]
+
+    forward, both = (jax.jit(f).lower(adapter).cost_analysis()["flops"] for f in (loss_of, jax.grad(loss_of)))
+    # Forward: noisy and clean. Backward: noisy activations, but no base weight. With clean activations it would be 2.
+    assert 1.4 < both / forward < 1.7
 
 
 def test_lora_mode_trains_on_the_noisy_term_alone():
@@ -229,7 +251,7 @@ def test_lora_mode_spends_no_head_product_on_clean_rows_going_back(monkeypatch):
         jax.debug.callback(seen.append, loss_bar)
         return (loss_bar,)
 
-    def spied(hidden, weight, labels, row_weights):
+    def spied(hidden, weight, labels, row_weights, *, vocab_axis):
         @jax.custom_vjp
         def watch(loss):
             return loss

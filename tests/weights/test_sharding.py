@@ -1,4 +1,4 @@
-"""Axis letters to mesh axes, and loading over four devices."""
+"""Axis letters to mesh axes, and loading over some of the devices."""
 
 import jax
 import numpy as np
