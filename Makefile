@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next compiled lint clean
+.PHONY: help demo test test-fast test-next compiled plans lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -39,6 +39,9 @@ test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: all but parity an
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled
+
+plans: .venv-next/.dev  ## benchmarks/results/plans.md: does every config fit its devices? (compiled, no accelerator)
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.plans
 
 lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/ruff check .

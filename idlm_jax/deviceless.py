@@ -17,10 +17,11 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 
-# What XLA:GPU asks of a device before it compiles for it (xla.StreamExecutorGpuDeviceInfo), H200 SXM.
-H200_TARGET = """
+# What XLA:GPU asks of a device before it compiles for it (xla.StreamExecutorGpuDeviceInfo): H100 and H200 SXM, which
+# differ in their memory.
+_HOPPER = """
 platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
+device_description_str: "%(kind)s"
 runtime_version { major: 13 }
 dnn_version_info { major: 9 minor: 12 }
 gpu_device_info {
@@ -37,8 +38,8 @@ gpu_device_info {
   shared_memory_per_block_optin: 232448
   shared_memory_per_core: 233472
   l2_cache_size: 52428800
-  memory_bandwidth: 4800000000000
-  device_memory_size: 143000000000
+  memory_bandwidth: %(bandwidth)d
+  device_memory_size: %(memory)d
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
@@ -46,17 +47,49 @@ gpu_device_info {
 """
 
 
+def gpu_devices(kind: str, memory: int, hosts: int, per_host: int) -> Sequence[Any]:
+    """Hopper GPUs that exist only for the compiler.
+
+    Args:
+        kind: "NVIDIA H100" or "NVIDIA H200".
+        memory: bytes of each.
+        hosts: machines.
+        per_host: GPUs in each.
+
+    Raises:
+        RuntimeError: JAX's CUDA plugin is not installed.
+    """
+    bandwidth = 4.8e12 if kind == "NVIDIA H200" else 3.35e12
+    target = _HOPPER % {"kind": kind, "memory": memory, "bandwidth": bandwidth}
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", target_config=target, topology=f"1x{hosts}x{per_host}"
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(f"compiling for {kind} needs jax 0.11 and its CUDA plugin (jax[cuda13]): {error}") from None
+    return described.devices
+
+
+def tpu_devices(topology: str) -> Sequence[Any]:
+    """The chips of a named topology, such as 'v5e:2x2', 'v6e:2x2' or 'v5p:4x4x4', that exist only for the compiler.
+
+    Raises:
+        RuntimeError: libtpu is not installed.
+    """
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError(f"compiling for {topology} needs libtpu (jax[tpu]): {error}") from None
+
+
 def h200_mesh(shape: Sequence[int] = (1,), axes: Sequence[str] = ("data",)) -> Mesh:
     """A mesh of H200s of one host that exist only for the compiler."""
-    count = int(np.prod(shape))
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200_TARGET, topology=f"1x1x{count}")
-    return _mesh(topology.devices, shape, axes)
+    return _mesh(gpu_devices("NVIDIA H200", 143_000_000_000, 1, int(np.prod(shape))), shape, axes)
 
 
 def tpu_mesh(topology: str, shape: Sequence[int], axes: Sequence[str]) -> Mesh:
-    """A mesh over the first chips of a named topology, such as 'v5e:2x2', 'v6e:2x2' or 'v5p:4x4x4'."""
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    return _mesh(described.devices, shape, axes)
+    """A mesh over the first chips of a named topology (`tpu_devices`)."""
+    return _mesh(tpu_devices(topology), shape, axes)
 
 
 def on_mesh(tree: Any, mesh: Mesh, spec: PartitionSpec | Callable[[tuple[Any, ...]], PartitionSpec]) -> Any:
@@ -146,5 +179,5 @@ def _abstract_mesh(mesh: Mesh) -> AbstractMesh:
     if first.platform == "tpu":
         device = AbstractDevice(device_kind=first.device_kind, num_cores=first.num_cores, platform="tpu")
     else:
-        device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+        device = AbstractDevice(device_kind=first.device_kind, num_cores=132, platform="gpu")
     return AbstractMesh(tuple(mesh.shape.values()), mesh.axis_names, axis_types=mesh.axis_types, abstract_device=device)

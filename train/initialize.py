@@ -1,6 +1,7 @@
 """Where a run starts: a model, fresh or from a checkpoint, split into what is trained and what is frozen."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from idlm_jax.weights import load
 from pallas_kernels.bodies import choose_kernels
 from train.config import FreshModel, TrainConfig
 from train.mesh import state_sharding
+from train.step import TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,27 +75,8 @@ def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Me
         hf_config = dict(loaded.hf_config)
         model_config = loaded.config
         _check_same_tokenizer(config.init_from, loaded.tokenizer, tokenizer)
-    mask_token_id = next(
-        (
-            known
-            for known in (config.mask_token_id, model_config.mask_token_id, tokenizer.mask_token_id)
-            if known is not None
-        ),
-        None,
-    )
-    if mask_token_id is None and config.objective == "introspective":
-        raise ValueError(
-            "no MASK id: give mask_token_id, a checkpoint that names one, or a tokenizer with a mask token"
-        )
-    model_config = dataclasses.replace(
-        model_config,
-        mask_token_id=mask_token_id,
-        param_dtype=config.param_dtype,
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
-        lora=LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha) if config.lora else None,
-    )
-    kind = nnx.LoRAParam if config.lora else nnx.Param
+    model_config = trained_config(config, model_config, tokenizer.mask_token_id)
+    kind = _trained_kind(config)
 
     def draw() -> Qwen3:
         return Qwen3(model_config, rngs=nnx.Rngs(config.seed))
@@ -112,6 +95,41 @@ def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Me
     else:
         trainable, frozen = loaded.params, abstract_frozen
     return StartingPoint(graph, trainable, frozen, tokenizer, hf_config)
+
+
+def trained_config(config: TrainConfig, base: ModelConfig, mask_token_id: int | None = None) -> ModelConfig:
+    """What is trained from `base`: the run's MASK id (else the base's, else the given one), dtypes, remat, adapter.
+
+    Raises:
+        ValueError: no MASK id is known and the objective needs one.
+    """
+    known = (config.mask_token_id, base.mask_token_id, mask_token_id)
+    mask_token_id = next((each for each in known if each is not None), None)
+    if mask_token_id is None and config.objective == "introspective":
+        raise ValueError(
+            "no MASK id: give mask_token_id, a checkpoint that names one, or a tokenizer with a mask token"
+        )
+    return dataclasses.replace(
+        base,
+        mask_token_id=mask_token_id,
+        param_dtype=config.param_dtype,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        lora=LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha) if config.lora else None,
+    )
+
+
+def abstract_start(config: TrainConfig, model: ModelConfig) -> tuple[nnx.GraphDef[Qwen3], TrainState]:
+    """The static half of a run's model and the shapes of its first state: no array is made."""
+    graph, trainable, frozen = nnx.split(
+        nnx.eval_shape(lambda: Qwen3(model, rngs=nnx.Rngs(0))), _trained_kind(config), ...
+    )
+    trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
+    return graph, jax.eval_shape(functools.partial(init_state, config), trainable, frozen)
+
+
+def _trained_kind(config: TrainConfig) -> type[nnx.Param]:
+    return nnx.LoRAParam if config.lora else nnx.Param
 
 
 def _fresh_config(model: FreshModel, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 `jax.jit` does the partitioning; only ops that XLA cannot or should not cut by itself (kernels, compaction of rows) are
 wrapped by `per_device`. Sequences are cut over "context" everywhere but inside attention, where the devices of a
-sequence hold all of its rows and cut the heads instead (docs/decisions/0008).
+sequence hold all of its rows and cut the heads instead (docs/decisions/0009).
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -53,8 +54,32 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any]) -> Mesh | None:
         raise ValueError(f"{shape} needs {count} devices, but there are {len(devices)}")
     if count == 1:
         return None
+    # A part of the devices need not be a part of the wiring: it is taken as it comes.
+    grid = arrange(devices, sizes) if count == len(devices) else np.asarray(devices[:count]).reshape(sizes)
     # Auto is named because jax.make_mesh would default to Explicit.
-    return Mesh(np.asarray(devices[:count]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """All devices by mesh axis: the first axes go across TPU slices or GPU hosts, the last stay inside, by the wires.
+
+    Args:
+        devices: of one kind, as many in each slice or host.
+        sizes: of the axes, those that talk least first; their product is the number of devices.
+    """
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    by_process = num_slices == 1 and devices[0].platform == "gpu"
+    left = len({device.process_index for device in devices}) if by_process else num_slices
+    if left == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    across = []
+    for size in sizes:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    inside = [size // part for size, part in zip(sizes, across, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, process_is_granule=by_process, allow_split_physical_axes=True
+    )
 
 
 def check_mesh(mesh: Mesh, config: TrainConfig, model: ModelConfig, row_len: int) -> None:
