@@ -85,7 +85,7 @@ def measure(name: str, seed: int) -> dict[str, Any]:
         exported = run_training(config).export_dir
         assert exported is not None  # a run that is not stopped is exported
         curve = [record for record in read_metrics(config.run_dir) if record["kind"] == "eval"]
-        lm = idlm_jax.load(BASE, adapter=exported) if config.lora else idlm_jax.load(exported)
+        lm = _load(BASE, adapter=exported) if config.lora else _load(exported)
         shutil.rmtree(config.run_dir / "checkpoints")
         dataset = Path(config.dataset.path)
         prompts = heldout_prompts(dataset, 32, 48)
@@ -119,12 +119,17 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 def _before(dataset: Path, config: TrainConfig) -> dict[str, float]:
     """The same held-out measures of the base, on the rows that the run's evaluations read."""
     return heldout_means(
-        idlm_jax.load(BASE),
+        _load(BASE),
         dataset,
         block_length=BLOCK_LENGTH,
         batch_size=config.batch_size,
         limit=config.eval_batches,
     )
+
+
+def _load(model: str | Path, adapter: Path | None = None) -> idlm_jax.LanguageModel:
+    # Not the default bfloat16, in which greedy ISD and AR may part at a tie (docs/numerics.md).
+    return idlm_jax.load(model, dtype="float32", adapter=adapter)
 
 
 def implied_tokens_per_forward(record: dict[str, float]) -> float:
