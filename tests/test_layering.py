@@ -16,6 +16,7 @@ HEIGHT = {
     "idlm_jax.array_types": 1,
     "idlm_jax.config": 1,
     "idlm_jax.deviceless": 1,
+    "idlm_jax.qwen3_sizes": 1,
     "idlm_jax.sharding": 1,
     "idlm_jax.model": 2,
     "idlm_jax.weights": 3,
@@ -25,7 +26,7 @@ HEIGHT = {
     "serve": 6,
     "idlm_jax.cli": 7,
 }
-BASE = {"idlm_jax.array_types", "idlm_jax.config", "idlm_jax.deviceless", "idlm_jax.sharding"}
+BASE = {"idlm_jax.array_types", "idlm_jax.config", "idlm_jax.deviceless", "idlm_jax.qwen3_sizes", "idlm_jax.sharding"}
 
 
 def layer_of(module: str) -> str | None:

@@ -67,7 +67,7 @@ class DatasetBuild:
 
     roots: Annotated[
         tuple[str, ...],
-        Field(description="folders or files of text or chat JSONL; empty: Python's standard library"),
+        Field(description="folders or files of text, chats or tokens; empty: Python's standard library"),
     ] = ()
     max_seq_len: Annotated[int, Field(ge=2, description="tokens of one packed row")] = 256
     vocab_size: Annotated[int | None, Field(description="train a tokenizer of this size; or give tokenizer")] = None
@@ -81,6 +81,9 @@ class DatasetBuild:
     )
     max_file_bytes: Annotated[int, Field(ge=1, description="larger text files are skipped")] = 1_000_000
     seed: Annotated[int, Field(ge=0, description="order of packing")] = 0
+    too_long: Annotated[
+        Literal["cut", "drop", "error"], Field(description="what becomes of documents longer than a row")
+    ] = "cut"
 
     def __post_init__(self) -> None:
         if (self.vocab_size is None) == (self.tokenizer is None):
@@ -93,7 +96,7 @@ class Dataset:
 
     __pydantic_config__ = _STRICT
 
-    path: Annotated[str, Field(min_length=1, description="folder written by `python -m train.data build`")]
+    path: Annotated[str, Field(min_length=1, description="folder written by `idlm pack`")]
     build: Annotated[
         DatasetBuild | None,
         Field(description="built when absent, checked when there; null: it must be there"),
@@ -200,6 +203,9 @@ class TrainConfig:
         Literal["none", "full", "dots"],
         Field(description="recomputed in the backward pass: less memory, more time"),
     ] = "none"
+    offload_optimizer: Annotated[
+        bool, Field(description="keep Adam's moments in the host's memory: less of the device's, slower steps")
+    ] = False
     kernels: Annotated[
         Literal["auto", "reference", "triton", "tpu", "jax_triton"],
         Field(description="implementation of the attention ops; auto: what is fastest on the device"),

@@ -120,6 +120,11 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
+def on_host(sharding: Any) -> Any:
+    """The same layout in the memory of the host that holds each device."""
+    return jax.tree.map(lambda each: each.with_memory_kind("pinned_host"), sharding)
+
+
 def param_axes(path: tuple[str, ...]) -> str:
     """Axis letters of a parameter, adapters included; a factor's wide axis is named by its first letter.
 

@@ -24,7 +24,7 @@ from train.config import TrainConfig
 from train.data import read_report
 from train.flops import Work, recomputed_flops, step_flops
 from train.initialize import abstract_start, trained_config
-from train.mesh import AXES, ROWS, check_mesh, make_mesh, state_sharding
+from train.mesh import AXES, ROWS, check_mesh, make_mesh, on_host, state_sharding
 from train.step import TrainState, make_train_step
 from train.targets import Device, find_device, named_devices
 
@@ -43,7 +43,7 @@ class Plan:
         num_params: of the whole model, and how many of them are trained.
         num_trained: those.
         param_bytes: parameters, as they are stored.
-        optimizer_bytes: moments.
+        optimizer_bytes: moments; 0 where they are offloaded.
         temporary_bytes: gradients, activations and gathered weights at the worst moment.
         device: limits of one device; None when they are not known.
         flops: of one step over all devices (`train.flops`).
@@ -145,7 +145,7 @@ def make_plan(config: TrainConfig, target: str | None = None) -> Plan:
         num_params=_count((state.params, state.frozen)),
         num_trained=_count(state.params),
         param_bytes=_held((placed.params, placed.frozen)),
-        optimizer_bytes=_held(placed.opt_state),
+        optimizer_bytes=0 if config.offload_optimizer else _held(placed.opt_state),
         temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         device=device,
         flops=step_flops(model, work, is_ar=is_ar, has_divergence=bool(span.kl_weight or span.tv_weight)),
@@ -221,7 +221,10 @@ def _place_abstract(state: TrainState, config: TrainConfig, row_len: int, mesh: 
 
     batch = jax.eval_shape(blank)
     rows = NamedSharding(mesh, ROWS)
-    return jax.tree.map(put, state, state_sharding(state, mesh)), jax.tree.map(lambda leaf: put(leaf, rows), batch)
+    sharding = state_sharding(state, mesh)
+    if config.offload_optimizer:
+        sharding = sharding._replace(opt_state=on_host(sharding.opt_state))
+    return jax.tree.map(put, state, sharding), jax.tree.map(lambda leaf: put(leaf, rows), batch)
 
 
 def _held(tree: Any) -> int:

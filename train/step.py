@@ -103,7 +103,10 @@ def make_train_step(
             ((loss, terms), grads), _ = jax.lax.scan(
                 lambda total, part: (jax.tree.map(jnp.add, total, grads_of(part)), None), zeros, cut
             )
-        params, opt_state = update(optimizer, grads, state.opt_state, state.params)
+        moments = state.opt_state
+        if config.offload_optimizer:
+            moments = jax.device_put(moments, jax.memory.Space.Device)
+        params, opt_state = update(optimizer, grads, moments, state.params)
         with jax.numpy_dtype_promotion("standard"):
             grad_norm = optax.tree.norm(grads)
         trained_rows = counts.clean if config.objective == "ar" else counts.noisy

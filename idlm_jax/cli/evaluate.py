@@ -17,7 +17,7 @@ from idlm_jax.model.language_model import LanguageModel
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder of a Qwen3 or I-DLM checkpoint, or a hub id.")],
-    dataset: Annotated[Path, typer.Argument(help="Folder written by `python -m train.data build`.")],
+    dataset: Annotated[Path, typer.Argument(help="Folder written by `idlm pack`.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
     strides: Annotated[str, typer.Option(help="Strides to decode with, comma-separated.")] = "2,3,4,8",
     block_length: Annotated[int, typer.Option(help="MASKs per block in the teacher-forced measurement.")] = 3,
@@ -64,7 +64,7 @@ def heldout_means(
 
     Args:
         lm: the model.
-        dataset: folder written by `python -m train.data build`.
+        dataset: folder written by `idlm pack`.
         block_length: MASKs per block.
         batch_size: rows per forward.
         limit: most batches to measure; None for all.

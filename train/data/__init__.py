@@ -1,4 +1,4 @@
-"""Real text, packed once, read deterministically. `python -m train.data build --help` explains the folder."""
+"""Real text, packed once, read deterministically. `idlm pack --help` explains the folder."""
 
 from train.data.build import build_dataset as build_dataset
 from train.data.pipeline import check_vocabulary as check_vocabulary

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from train.data.corpus import Corpus, TextFile, read_corpus
 from train.data.encode import EncodedDocuments, encode_documents
 from train.data.packing import PackedRows, pack_chunks, save_rows
+from train.data.records import Conversation, TokenSequence
 from train.data.settings import (
     META_NAME,
     DatasetReport,
@@ -43,8 +44,8 @@ def build_dataset(settings: DatasetSettings, out_dir: str | Path, *, show_progre
     """
     start = time.perf_counter()
     out_dir = Path(out_dir)
-    corpus = read_corpus(settings)
     given = "" if settings.tokenizer is None else folder_sha256(settings.tokenizer)
+    corpus = read_corpus(settings)
     wanted = fingerprint(settings, corpus.sha256, given)
     existing = _existing(out_dir, wanted, settings, corpus)
     if existing is not None:
@@ -61,6 +62,7 @@ def build_dataset(settings: DatasetSettings, out_dir: str | Path, *, show_progre
                 documents,
                 tokenizer,
                 max_seq_len=settings.max_seq_len,
+                too_long=settings.too_long,
                 show_progress=show_progress,
                 title=f"encode {name}",
             )
@@ -122,6 +124,9 @@ def _tokenizer(settings: DatasetSettings, corpus: Corpus, show_progress: bool) -
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer)
     assert settings.vocab_size is not None  # DatasetSettings: exactly one of the two.
+    for document in (*corpus.train, *corpus.heldout):
+        if isinstance(document, TokenSequence):
+            raise ValueError(f"{document.name} is tokenized already: give the tokenizer that made it, not vocab_size")
     return train_tokenizer(_texts(corpus), vocab_size=settings.vocab_size, show_progress=show_progress)
 
 
@@ -129,7 +134,7 @@ def _texts(corpus: Corpus) -> Iterator[str]:
     for document in corpus.train:
         if isinstance(document, TextFile):
             yield document.text
-        else:
+        elif isinstance(document, Conversation):
             yield from (message["content"] for message in document.messages)
 
 
@@ -143,6 +148,8 @@ def _split_report(num_documents: int, encoded: EncodedDocuments, rows: PackedRow
         fill=round(rows.num_tokens / rows.tokens.size, 4),
         truncated=encoded.truncated,
         dropped=sum(encoded.dropped.values()),
+        tokens_read=encoded.num_tokens,
+        tokens_lost=encoded.lost_tokens,
     )
 
 

@@ -11,12 +11,11 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from train.data.records import Conversation, TokenSequence, is_record_file, read_records
 from train.data.settings import DatasetSettings
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
-CHAT_SUFFIX = ".jsonl"
 # Never a corpus: other people's packages, caches, compiled modules.
 NEVER_READ = frozenset({"__pycache__", "dist-packages", "lib-dynload", "node_modules", "site-packages"})
 
@@ -34,20 +33,7 @@ class TextFile:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """One line of a chat file.
-
-    Attributes:
-        name: `file:line`.
-        messages: each with the texts `role` and `content`.
-    """
-
-    name: str
-    messages: tuple[dict[str, str], ...]
-
-
-Document = TextFile | Conversation
+Document = TextFile | Conversation | TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +65,9 @@ def read_corpus(settings: DatasetSettings) -> Corpus:
         settings: `roots`, `excluded_folders`, `max_file_bytes` and `heldout_fraction` are used.
 
     Raises:
-        ValueError: a root does not exist, a chat line is malformed, or one side of the split came out empty.
+        ValueError: a root does not exist or is no UTF-8, a record is malformed, or one side of the split came
+            out empty.
+        OSError: a root or a file of records cannot be read.
     """
     skipped: Counter[str] = Counter()
     sides: tuple[list[Document], list[Document]] = ([], [])
@@ -119,10 +107,10 @@ def _documents(settings: DatasetSettings, skipped: Counter[str]) -> Iterator[Doc
     for root in _roots(settings):
         for path in _files(root, settings.excluded_folders):
             name = path.name if root.is_file() else path.relative_to(root).as_posix()
-            if path.suffix == CHAT_SUFFIX:
-                yield from _conversations(path, name)
+            if is_record_file(path.name):
+                yield from read_records(path, name)
                 continue
-            text = _text(path, settings.max_file_bytes, skipped)
+            text = _text(path, settings.max_file_bytes, skipped, is_named=path == root)
             if text is not None:
                 yield TextFile(name, text)
 
@@ -130,8 +118,8 @@ def _documents(settings: DatasetSettings, skipped: Counter[str]) -> Iterator[Doc
 def _files(root: Path, excluded_folders: tuple[str, ...]) -> list[Path]:
     """Readable files below `root`, sorted by relative path: directory order is the file system's whim."""
     if root.is_file():
-        if root.suffix not in (*TEXT_SUFFIXES, CHAT_SUFFIX):
-            raise ValueError(f"root {root} ends in {root.suffix!r}; allowed: {(*TEXT_SUFFIXES, CHAT_SUFFIX)}")
+        if not _is_readable(root.name):
+            raise ValueError(f"root {root} ends in {root.suffix!r}; allowed: {TEXT_SUFFIXES}, .jsonl and .arrayrecord")
         return [root]
     found = []
     for folder, children, names in os.walk(root):
@@ -140,20 +128,29 @@ def _files(root: Path, excluded_folders: tuple[str, ...]) -> list[Path]:
             for child in children
             if child not in NEVER_READ and child not in excluded_folders and not child.startswith(".")
         ]
-        found += [Path(folder, name) for name in names if name.endswith((*TEXT_SUFFIXES, CHAT_SUFFIX))]
+        found += [Path(folder, name) for name in names if _is_readable(name)]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _text(path: Path, max_bytes: int, skipped: Counter[str]) -> str | None:
+def _is_readable(name: str) -> bool:
+    return name.endswith(TEXT_SUFFIXES) or is_record_file(name)
+
+
+def _text(path: Path, max_bytes: int, skipped: Counter[str], *, is_named: bool) -> str | None:
+    """Text of one file; None, and counted, when a file that was found in a folder is unusable."""
     try:
         if path.stat().st_size > max_bytes:
             skipped["too large"] += 1
             return None
         text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if is_named:
+            raise ValueError(f"root {path} is not UTF-8: {error.reason} at byte {error.start}") from None
         skipped["not UTF-8"] += 1
         return None
     except OSError:
+        if is_named:
+            raise
         skipped["unreadable"] += 1
         return None
     if not text.strip():
@@ -162,30 +159,10 @@ def _text(path: Path, max_bytes: int, skipped: Counter[str]) -> str | None:
     return text.replace("\r\n", "\n")
 
 
-def _conversations(path: Path, name: str) -> Iterator[Conversation]:
-    # Not splitlines(): it also breaks at U+2028 and U+0085, which JSON texts may hold unescaped.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            yield Conversation(f"{name}:{number}", _messages(line, where=f"{path}:{number}"))
-
-
-def _messages(line: str, *, where: str) -> tuple[dict[str, str], ...]:
-    expected = 'expected {"messages": [{"role": "user", "content": "..."}, ...]}'
-    try:
-        record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {error}; {expected}") from error
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: no list of messages; {expected}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}: a message is {message!r}, with no text role or content; {expected}")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
-
-
 def _content(document: Document) -> bytes:
     if isinstance(document, TextFile):
         return document.text.encode()
+    if isinstance(document, TokenSequence):
+        return document.tokens.tobytes() + document.is_response.tobytes()
     # ASCII escapes, because a JSON string may spell half a surrogate pair, which UTF-8 cannot encode.
     return json.dumps(document.messages).encode()

@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+TooLong = Literal["cut", "drop", "error"]
 FORMAT_VERSION = 1
 META_NAME = "meta.json"
 
@@ -16,16 +18,18 @@ class DatasetSettings:
     """Everything that, with the text itself, decides the content of a dataset folder.
 
     Attributes:
-        roots: folders or files to read (`.py .md .rst .txt`, and `.jsonl` chats); empty means the source of
-            the Python standard library that runs this program.
+        roots: folders or files to read (`.py .md .rst .txt`, and chats or tokens in `.jsonl` or
+            `.arrayrecord`); empty means the source of the Python standard library that runs this program.
         max_seq_len: tokens in a packed row, L.
         vocab_size: ids of a byte-level BPE to train on the train side; None when `tokenizer` is given.
         tokenizer: folder of an existing fast Hugging Face tokenizer; None when `vocab_size` is given.
         heldout_fraction: expected share of documents (files and conversations) on the held-out side.
         excluded_folders: folder names to pass over at any depth; the default leaves test suites out.
         max_file_bytes: larger text files are skipped, and counted: they are tables more often than prose.
-            Chat files have no limit.
+            Files of records have no limit.
         seed: order in which documents are packed.
+        too_long: what becomes of a document of more than `max_seq_len` tokens: "cut" (text into pieces, chats
+            at the end), "drop", or "error".
     """
 
     roots: tuple[str, ...] = ()
@@ -36,6 +40,7 @@ class DatasetSettings:
     excluded_folders: tuple[str, ...] = ("idle_test", "idlelib", "test", "tests")
     max_file_bytes: int = 1_000_000
     seed: int = 0
+    too_long: TooLong = "cut"
 
     def __post_init__(self) -> None:
         if (self.vocab_size is None) == (self.tokenizer is None):
@@ -54,6 +59,8 @@ class DatasetSettings:
             raise ValueError(f"{self.max_file_bytes=} must be positive")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"{self.seed=} must lie in [0, 2**32), the range of Grain's shuffle")
+        if self.too_long not in get_args(TooLong):
+            raise ValueError(f"{self.too_long=} must be one of {', '.join(get_args(TooLong))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +76,9 @@ class SplitReport:
         fill: `tokens / (rows * max_seq_len)`.
         truncated: conversations cut at `max_seq_len`.
         dropped: documents of which nothing supervised was left.
+        tokens_read: tokens of all documents, `tokens + sum(tokens_lost.values())`; 0 in folders built before
+            this was counted.
+        tokens_lost: tokens in no row, by reason.
     """
 
     documents: int
@@ -79,6 +89,8 @@ class SplitReport:
     fill: float
     truncated: int
     dropped: int
+    tokens_read: int = 0
+    tokens_lost: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +146,8 @@ def fingerprint(settings: DatasetSettings, corpus_sha256: str, tokenizer_sha256:
         "tokenizer": tokenizer_sha256,
         "format_version": FORMAT_VERSION,
     }
+    if settings.too_long == "cut":
+        del decisive["too_long"]  # folders built before there was a choice are still what these settings build
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -151,7 +165,7 @@ def read_report(dataset_dir: str | Path) -> DatasetReport:
     """
     path = Path(dataset_dir) / META_NAME
     if not path.is_file():
-        raise ValueError(f"{dataset_dir} is no dataset folder (no {META_NAME}); see python -m train.data build --help")
+        raise ValueError(f"{dataset_dir} is no dataset folder (no {META_NAME}); see idlm pack --help")
     raw = json.loads(path.read_text(encoding="utf-8"))
     if raw.get("format_version") != FORMAT_VERSION:
         raise ValueError(

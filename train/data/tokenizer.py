@@ -69,11 +69,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Loads a tokenizer folder; nothing is downloaded.
 
     Raises:
-        ValueError: no such folder, or its tokenizer is not a fast one.
+        ValueError: no such folder, or it holds no tokenizer, or one that is not fast.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer folder {folder} does not exist; give a local folder with a tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder} holds no tokenizer that transformers can load: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder} holds a {type(tokenizer).__name__}; only fast tokenizers are supported")
     return tokenizer

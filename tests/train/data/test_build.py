@@ -1,5 +1,7 @@
 import dataclasses
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from tests.train.data.conftest import write_corpus
 from train.data import DatasetSettings, build_dataset, read_report
 from train.data.corpus import TextFile, read_corpus
 from train.data.packing import load_rows
+from train.data.settings import fingerprint
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -40,6 +43,7 @@ def test_the_folder_holds_what_the_report_counts(dataset, settings):
         assert counts.response_tokens == int(rows.is_response.sum()) < counts.tokens
         assert counts.fill == pytest.approx(counts.tokens / rows.tokens.size, abs=1e-4)
         assert counts.chunks == int(rows.segment_ids.max(axis=1).astype(np.int64).sum())
+        assert counts.tokens_read == counts.tokens + sum(counts.tokens_lost.values())
         assert rows.tokens.max() <= report.max_token_id < report.vocab_size <= 320
 
 
@@ -175,3 +179,22 @@ def test_a_folder_of_another_format_is_refused(tmp_path):
     (tmp_path / "meta.json").write_text('{"format_version": 1}')
     with pytest.raises(ValueError, match=r"(?s)is damaged: .*fingerprint"):
         read_report(tmp_path)
+
+
+def test_folders_from_before_too_long_was_a_setting_are_still_found_built(dataset, settings, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(dataset[0], folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["settings"]["too_long"]
+    for side in ("train", "heldout"):
+        del meta[side]["tokens_read"], meta[side]["tokens_lost"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert build_dataset(settings, folder).was_reused
+    with pytest.raises(ValueError, match=r"built with too_long='cut' \(now 'drop'\)"):
+        build_dataset(dataclasses.replace(settings, too_long="drop"), folder)
+
+
+def test_the_fingerprint_of_settings_from_before_too_long_has_not_moved():
+    expected = "2256a12d58fa948a0874b7191e0590833f2aba6626566138e27b399d6a521b49"
+    assert fingerprint(DatasetSettings(vocab_size=300), "corpus", "tokenizer") == expected
+    assert fingerprint(DatasetSettings(vocab_size=300, too_long="drop"), "corpus", "tokenizer") != expected

@@ -122,6 +122,15 @@ def test_missing_roots_and_empty_sides_are_refused(tmp_path):
         read_corpus(settings_for(tmp_path))
 
 
+def test_a_file_that_was_asked_for_by_name_is_not_skipped(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"root .*latin\.txt is not UTF-8: .* at byte 3"):
+        read_corpus(settings_for(tmp_path / "latin.txt"))
+    (tmp_path / "table.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"table\.csv ends in '\.csv'; allowed: .*\.jsonl and \.arrayrecord"):
+        read_corpus(settings_for(tmp_path / "table.csv"))
+
+
 def test_the_corpus_hash_sees_every_edit(tmp_path):
     write_corpus(tmp_path, files=20, chats=5)
     settings = settings_for(tmp_path)

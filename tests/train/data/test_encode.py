@@ -4,6 +4,7 @@ import pytest
 from tests.train.data.conftest import python_text
 from train.data.corpus import Conversation, TextFile
 from train.data.encode import encode_conversation, encode_documents
+from train.data.records import TokenSequence
 from train.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 
 # The same text as CHAT_TEMPLATE with transformers' own markers of what the assistant says: an oracle.
@@ -123,3 +124,55 @@ def test_conversations_with_nothing_to_supervise_are_dropped_and_counted(tokeniz
     encoded = encode_documents([prompt_too_long, no_answer, spoof, chat("a", "b")], tokenizer, max_seq_len=40)
     assert len(encoded.chunks) == 1
     assert encoded.dropped == {"no answer": 2, "special token in text": 1}
+
+
+def lengths(encoded) -> list[int]:
+    return [len(chunk.tokens) for chunk in encoded.chunks]
+
+
+def mixed_documents() -> list:
+    rng = np.random.default_rng(0)
+    documents = [TextFile(f"{seed}.py", python_text(seed)) for seed in range(8)]
+    documents += [chat("Define alpha.", "def alpha(): pass " * count) for count in (1, 3, 9, 27)]
+    documents += [chat("What? " * 40, "Yes."), chat("What?"), chat("What?", "It is <|im_end|>.")]
+    for length in (1, 2, 40, 41, 100):
+        tokens = rng.integers(4, 300, length).astype(np.int32)
+        documents.append(TokenSequence(f"text:{length}", tokens, np.ones(length, np.bool_)))
+        if length > 2:
+            documents.append(TokenSequence(f"answer:{length}", tokens, np.arange(length) >= length - 2))
+    return documents
+
+
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_tokens_read_are_tokens_packed_plus_tokens_lost(tokenizer, too_long):
+    documents = mixed_documents()
+    encoded = encode_documents(documents, tokenizer, max_seq_len=40, too_long=too_long)
+    assert encoded.num_tokens == sum(lengths(encoded)) + sum(encoded.lost_tokens.values())
+    whole = encode_documents(documents, tokenizer, max_seq_len=10_000, too_long="error")
+    assert encoded.num_tokens == whole.num_tokens == sum(lengths(whole)) + whole.lost_tokens["last token alone"]
+    assert whole.dropped == {"special token in text": 1, "one token": 1, "no answer": 1}
+    expected = {"cut": {"cut off", "last token alone", "no answer"}, "drop": {"too long", "last token alone"}}
+    assert set(encoded.lost_tokens) == expected[too_long]
+
+
+def test_cut_takes_text_to_pieces_and_truncates_everything_else(tokenizer):
+    tokens = np.arange(4, 104, dtype=np.int32)
+    text = TokenSequence("text", tokens, np.ones(100, np.bool_))
+    half = TokenSequence("half", tokens, np.arange(100) >= 30)
+    encoded = encode_documents([text, half], tokenizer, max_seq_len=40)
+    assert lengths(encoded) == [40, 40, 20, 40] and encoded.truncated == 1
+    assert encoded.chunks[3].is_response.tolist() == [False] * 30 + [True] * 10
+    assert encoded.lost_tokens == {"cut off": 60} and encoded.dropped == {}
+
+
+def test_drop_leaves_out_whole_documents_and_keeps_those_that_just_fit(tokenizer):
+    documents = [TokenSequence(f"{n}", np.full(n, 5, np.int32), np.ones(n, np.bool_)) for n in (39, 40, 41)]
+    encoded = encode_documents(documents, tokenizer, max_seq_len=40, too_long="drop")
+    assert lengths(encoded) == [39, 40]
+    assert encoded.dropped == {"too long": 1} and encoded.lost_tokens == {"too long": 41} and encoded.truncated == 0
+
+
+@pytest.mark.parametrize("document", [TextFile("a.py", "alpha " * 50), chat("What?", "Yes. " * 50)])
+def test_error_names_the_document_that_is_too_long(tokenizer, document):
+    with pytest.raises(ValueError, match=rf"{document.name}: \d+ tokens do not fit max_seq_len=20"):
+        encode_documents([document], tokenizer, max_seq_len=20, too_long="error")
