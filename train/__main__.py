@@ -7,7 +7,7 @@ import sys
 import textwrap
 from types import FrameType
 
-from train.config import ConfigError, describe_keys, load_config, to_yaml
+from train.config import ConfigError, TrainConfig, describe_keys, load_config, to_yaml
 
 _INTRODUCTION = """\
 Train a model, or go on training it: the same command again resumes exactly where its last checkpoint is.
@@ -16,10 +16,11 @@ Train a model, or go on training it: the same command again resumes exactly wher
   python -m train configs/tiny_introspective_cpu.yaml             turns it into a diffusion model
   python -m train configs/tiny_ar_cpu.yaml steps=50 run_name=try  any key of the file can be overridden
   python -m train configs/tiny_ar_cpu.yaml --print-config         what would run, and nothing else
+  srun python -m train configs/x.yaml --distributed mesh.fsdp=-1  one of several processes (docs/hosts.md)
 
 A run's folder, <output_dir>/<run_name>, receives config.yaml, metrics.jsonl, tb/ (TensorBoard),
 checkpoints/ and, at the end, hf/ (a Hugging Face folder) or adapter/ (PEFT files, with lora). SIGTERM or
-Ctrl-C saves first.
+Ctrl-C saves first; of several processes, any one's.
 """
 _EXIT_CODES = "Exit codes: 0 finished; 1 failed or diverged; 2 wrong config; 128+signal saved and stopped on a signal."
 
@@ -51,32 +52,54 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="learning_rate=1e-5, lora.rank=16, lora=null")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint and exit")
+    several = parser.add_argument_group("several processes", "the same command on every host; see docs/hosts.md")
+    several.add_argument("--distributed", action="store_true", help="JAX finds them: SLURM, MPI, Kubernetes, Cloud TPU")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="or name them: where process 0 listens,")
+    several.add_argument("--num-processes", metavar="N", type=int, help="how many there are,")
+    several.add_argument("--process-id", metavar="I", type=int, help="and which this one is, from 0")
+    several.add_argument("--start-timeout", metavar="S", type=int, default=300, help="wait for the others; default 300")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("pallas_kernels").setLevel(logging.INFO)  # which kernels were chosen
     try:
         config = load_config(options.config, options.overrides)
-        if options.print_config:
-            print(to_yaml(config), end="")
-            return 0
-        # Imported late: a mistake in the config is answered before JAX is loaded.
-        from train.loop import export_latest, run_training
-        from train.metrics import TrainingDiverged
-
-        if options.export_only:
-            export_latest(config)
-            return 0
-        stop = _StopFlag()
-        try:
-            result = run_training(config, should_stop=lambda: stop.signal_number != 0)
-        except TrainingDiverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0 if result.is_finished else 128 + stop.signal_number
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ValueError, NotImplementedError, OSError) as error:
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    # Imported late: a mistake in the config is answered before JAX is loaded.
+    from train import hosts
+
+    return hosts.end_promptly(lambda: _train(config, options))
+
+
+def _train(config: TrainConfig, options: argparse.Namespace) -> int:
+    from train import hosts
+    from train.loop import export_latest, run_training
+    from train.metrics import TrainingDiverged
+
+    try:
+        hosts.join(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            is_detected=options.distributed,
+            timeout_s=options.start_timeout,
+        )
+        if hosts.is_first():
+            logging.getLogger("pallas_kernels").setLevel(logging.INFO)  # which kernels were chosen
+        if options.export_only:
+            export_latest(config)
+            return 0
+        stop = _StopFlag()  # only now: JAX takes SIGTERM for itself as the processes meet
+        result = run_training(config, should_stop=lambda: stop.signal_number != 0)
+        # Another process may be the one that was asked to stop.
+        return 0 if result.is_finished else 128 + (stop.signal_number or signal.SIGTERM)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingDiverged, ValueError, NotImplementedError, OSError) as error:
         # Dataset, checkpoint and config do not fit together, or a file cannot be read or written.
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
-"""Checkpoints of a run: state and data position together, written in the background, restored exactly.
+"""Checkpoints of a run: its arrays, written in the background, restored exactly, onto any mesh and host count.
 
-The Orbax v1 API is used here and nowhere else, because its names may still move before 1.0.
+The position in the data needs no file of its own: a batch is a function of its number, which is the step. The Orbax v1
+API is used here and nowhere else, because its names may still move before 1.0.
 """
 
 from pathlib import Path
@@ -15,11 +16,12 @@ State = TypeVar("State")
 
 
 class Checkpoints:
-    """The checkpoints of one run folder: `checkpoints/<step>/{state,data}`.
+    """The checkpoints of one run folder: `checkpoints/<step>/state`.
 
     Both policies are spelled out: Orbax's defaults save as often as they can and keep everything. A save
     copies the arrays before it returns and writes in the background; a checkpoint is visible only once it
-    is complete, so a process killed in the middle leaves the previous one as the latest.
+    is complete, so a process killed in the middle leaves the previous one as the latest. Several processes
+    make the same calls, and each writes its part of the arrays.
     """
 
     def __init__(self, run_dir: Path, *, save_every: int, keep: int):
@@ -46,24 +48,21 @@ class Checkpoints:
     def is_due(self, step: int) -> bool:
         return self._orbax.should_save(step)
 
-    def save(self, step: int, state: Any, data: Any) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Starts a save; a step that is already saved is left alone.
 
         Args:
             step: optimizer steps taken.
             state: pytree of arrays.
-            data: Grain iterator that has handed out exactly the batches of those steps; its position is read
-                before this returns.
         """
         if step != self.latest_step:
-            self._orbax.save_checkpointables_async(step, {"state": state, "data": data}, force=True)
+            self._orbax.save_checkpointables_async(step, {"state": state}, force=True)
 
-    def restore(self, like: State, data: Any) -> State:
+    def restore(self, like: State) -> State:
         """The newest state, in the shapes, dtypes and placement of `like`.
 
         Args:
             like: pytree of arrays.
-            data: Grain iterator to move to the saved position; None leaves the position unread.
 
         Raises:
             ValueError: the arrays on disk have other names or shapes; lists them.
@@ -77,8 +76,7 @@ class Checkpoints:
         if wrong:
             raise ValueError(f"checkpoint {self.latest_step} is of another model:\n" + "\n".join(wrong))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        parts = {"state": abstract} if data is None else {"state": abstract, "data": data}
-        return self._orbax.load_checkpointables(None, parts)["state"]
+        return self._orbax.load_checkpointables(None, {"state": abstract})["state"]
 
     def read_arrays(self) -> dict[str, np.ndarray]:
         """Every array of the newest checkpoint by name, on the host: for inspection and tests."""

@@ -6,8 +6,6 @@ unknown key is answered with the nearest valid one. `python -m train --help` is 
 
 import dataclasses
 import difflib
-import json
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
+from train.config_help import describe
 from train.curriculum import Span, Stage, check_shares, cut_steps
 
 # The official code's names for two keys; accepted on the way in, never written out.
@@ -190,9 +189,27 @@ class TrainConfig:
 
     save_every: Annotated[int, Field(ge=1, description="steps between checkpoints; the last step always saves")] = 500
     keep: Annotated[int, Field(ge=1, description="newest checkpoints kept")] = 2
+    keep_best: Annotated[
+        bool,
+        Field(description="also keep the step of the best held-out acceptance (ar: loss); --export-only --step best"),
+    ] = False
     eval_every: Annotated[int, Field(ge=0, description="steps between evaluations; 0: only after the last")] = 500
     eval_batches: Annotated[int, Field(ge=0, description="held-out batches of one evaluation; 0: none")] = 8
+    eval_samples: Annotated[
+        int, Field(ge=0, description="held-out prompts completed at each evaluation, shown and kept in samples.jsonl")
+    ] = 0
     log_every: Annotated[int, Field(ge=1, description="steps between two lines of metrics")] = 10
+    spike_ratio: Annotated[
+        float | None,
+        Field(gt=1, description="stop at a loss over this many times the recent median, its batch saved; null: never"),
+    ] = None
+    profile_start: Annotated[int, Field(ge=1, description="first step that the profiler records")] = 10
+    profile_steps: Annotated[
+        int, Field(ge=0, description="steps that it records, into profile/ for TensorBoard or Perfetto; 0: none")
+    ] = 0
+    wandb_project: Annotated[
+        str | None, Field(description="send metrics to this Weights & Biases project, where wandb is installed")
+    ] = None
 
     param_dtype: Annotated[
         Literal["float32", "bfloat16"],
@@ -339,34 +356,7 @@ def to_yaml(config: TrainConfig) -> str:
 
 def describe_keys() -> Iterator[tuple[str, str, str, str]]:
     """Every key as (dotted name, type, default or "required", help), in the order of this file."""
-    yield from _describe(TrainConfig, "")
-
-
-def _describe(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        hint, *annotations = typing.get_args(hints[field.name])
-        default = "required"
-        if field.default is not dataclasses.MISSING:
-            default = json.dumps(field.default, default=dataclasses.asdict).strip('"')
-        help_text = next((item.description for item in annotations if item.description), "")
-        yield prefix + field.name, _type_name(hint), default, help_text
-        for part in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(part) and isinstance(part, type):
-                yield from _describe(part, f"{prefix}{field.name}.")
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "|".join(typing.get_args(hint))
-    parts = [part for part in typing.get_args(hint) if part is not Ellipsis]
-    if typing.get_origin(hint) is tuple:
-        return f"list of {_type_name(parts[0])}"
-    if parts:
-        return "|".join(_type_name(part) for part in parts)
-    if dataclasses.is_dataclass(hint):
-        return "section"
-    return "null" if hint is type(None) else hint.__name__
+    yield from describe(TrainConfig)
 
 
 def _explain(error: Any) -> str:

@@ -29,10 +29,13 @@ class MetricsLog:
     `metrics.jsonl` holds one object a line: `step`, `kind` ("train" or "eval"), then the numbers. Lines
     past `start_step`, which a killed run wrote and a resumed one will write again, are dropped on opening,
     and so is a line that the kill left half written. Every line is flushed at once: a killed process loses
-    none.
+    none. Where several processes train, one of them writes; the others' logs are mute.
     """
 
-    def __init__(self, run_dir: Path, start_step: int):
+    def __init__(self, run_dir: Path, start_step: int, *, is_mute: bool = False):
+        self._is_mute = is_mute
+        if is_mute:
+            return
         self.path = run_dir / "metrics.jsonl"
         _drop_lines_after(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -41,6 +44,8 @@ class MetricsLog:
 
     def write(self, step: int, kind: str, record: Record) -> None:
         """Appends one record."""
+        if self._is_mute:
+            return
         self._file.write(json.dumps({"step": step, "kind": kind, **record}) + "\n")
         self._file.flush()
         for name, value in record.items():
@@ -48,6 +53,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Forces every line to the disk; called before a checkpoint that claims their steps."""
+        if self._is_mute:
+            return
         os.fsync(self._file.fileno())
         self._board.flush()
 
@@ -57,6 +64,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_mute:
+            return
         self._file.close()
         self._board.close()
 

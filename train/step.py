@@ -75,7 +75,8 @@ def make_train_step(
     Returns:
         `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss`, the objective's
         terms, `lr`, `grad_norm` (before clipping), `tokens` (padding excluded), `supervised_tokens` (rows
-        with a label in the stream being trained) and with a curriculum `stage`, 1 for the first.
+        with a label in the stream being trained), `clean_rows` (those of the clean stream), `attended` (pairs of
+        a row and a key it sees, over both streams) and with a curriculum `stage`, 1 for the first.
     """
     span = span or config.spans[-1]
     settings, stage = objective_settings(config, span), {"stage": jnp.float32(span.number)}
@@ -117,6 +118,8 @@ def make_train_step(
             "grad_norm": grad_norm,
             "tokens": jnp.sum(batch.segment_ids != 0).astype(jnp.float32),
             "supervised_tokens": trained_rows,
+            "clean_rows": counts.clean,
+            "attended": _attended_pairs(batch),
             **(stage if config.curriculum else {}),
         }
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
@@ -143,6 +146,12 @@ def make_eval_step(graph: nnx.GraphDef[Qwen3], config: TrainConfig) -> Callable[
         return measure_acceptance(module, batch, settings) | terms
 
     return evaluate
+
+
+def _attended_pairs(batch: Batch) -> Float[Array, ""]:
+    # A clean row sees all rows up to its own, the noisy row beside it as many.
+    seen = jnp.where(jnp.asarray(batch.segment_ids) != 0, jnp.asarray(batch.positions) + 1, 0)
+    return 2 * jnp.sum(seen.astype(jnp.float32))
 
 
 def _loss_fn(config: TrainConfig, settings: ObjectiveSettings) -> LossFn:

@@ -1,7 +1,9 @@
-"""Dataset folder -> batches. The order is a function of (seed, index): an iterator's state is one integer."""
+"""Dataset folder -> batches. A batch is a function of (seed, its number), so the step of a run is its position."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -45,13 +47,14 @@ def make_train_iterator(
     seed: int,
     random_block_phase: bool,
     vocab_size: int | None = None,
-    num_shards: int = 1,
-    shard_index: int = 0,
+    first_batch: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Endless shuffled batches; every epoch has its own order, and a batch may span two epochs.
 
-    `get_state` and `set_state` resume bit-identically. The random phase of a document depends on the seed and
-    on how many rows came before it, so it changes from epoch to epoch and survives a resume.
+    A batch is a function of its number: a run that has taken k of them goes on, bit for bit, with `first_batch=k`,
+    in however many processes it now runs. The random phase of a document depends on the seed and on how many rows
+    came before it, so it changes from epoch to epoch.
 
     Args:
         dataset_dir: as `build_dataset` wrote it.
@@ -59,68 +62,81 @@ def make_train_iterator(
         seed: of the order and of the phases; seeds do not overlap.
         random_block_phase: draw one phase per document; else all are zero.
         vocab_size: rows of the model's embedding; checked against the data.
-        num_shards: hosts that read this dataset; each gets `batch_size / num_shards` rows, together the
-            global batch. The state does not depend on it.
-        shard_index: this host.
+        first_batch: number of the first batch to hand out.
+        rows: which rows of each global batch to read, R of them; None for all.
 
     Returns:
-        Iterator of `Batch`, arrays [batch_size / num_shards, L].
+        Iterator of `Batch`, arrays [R, L].
 
     Raises:
         ValueError: no dataset; a size out of range; ids that the model lacks.
     """
-    if batch_size < 1 or num_shards < 1 or batch_size % num_shards:
-        raise ValueError(f"{batch_size=} must be a positive multiple of {num_shards=}")
-    if not 0 <= shard_index < num_shards:
-        raise ValueError(f"{shard_index=} must lie in [0, {num_shards})")
+    if batch_size < 1 or first_batch < 0:
+        raise ValueError(f"{batch_size=} must be positive, {first_batch=} must not be negative")
     if not 0 <= seed < 2**32:
         raise ValueError(f"{seed=} must lie in [0, 2**32), the range of Grain's shuffle")
+    rows = _checked_rows(rows, batch_size)
     read_report(dataset_dir)
     if vocab_size is not None:
         check_vocabulary(dataset_dir, vocab_size)
     source = RowSource(load_rows(Path(dataset_dir) / "train"))
     # seed() hashes a seed for each step below; shuffle(seed) would use seed + epoch, and seed 1 would start
     # with the second epoch of seed 0.
-    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if random_block_phase:
-        rows = rows.random_map(_draw_phases)
-    rows = rows[shard_index::num_shards]
-    # An endless dataset has no remainder; without the flag Grain rounds its length up, and overflows at 1.
-    batches = rows.batch(batch_size // num_shards, drop_remainder=True).map(_to_batch)
+        stream = stream.random_map(_draw_phases)
+
+    def read(number: int) -> Batch:
+        # Any: Grain's hint allows for rows that a filter dropped, and here is none.
+        taken: list[Any] = [stream[number * batch_size + row] for row in rows]
+        return _to_batch(taken)
+
+    # Grain's own batch() would read every row, and its slices hand each process rows from all over the batch.
+    batches = grain.MapDataset.range(first_batch, sys.maxsize // batch_size).map(read)
     # Grain's default keeps 500 elements ready, here whole batches: a gigabyte at 32 x 4096 tokens.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 
-def heldout_batches(dataset_dir: str | Path, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+def heldout_batches(
+    dataset_dir: str | Path, batch_size: int, limit: int | None = None, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """The held-out rows once, in file order, which packing has shuffled; phases are zero.
 
     All batches have one shape, so an evaluation compiles once: the last is filled up with rows of padding.
 
     Args:
         dataset_dir: as `build_dataset` wrote it.
-        batch_size: rows in each batch, B.
+        batch_size: rows in each global batch, B.
         limit: most batches to yield; None for all.
+        rows: which rows of each global batch to read, R of them; None for all.
 
     Returns:
-        Iterator of `Batch`, arrays [B, L].
+        Iterator of `Batch`, arrays [R, L].
 
     Raises:
         ValueError: no dataset, or a size out of range.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"{batch_size=} and {limit=} must be positive")
+    rows = _checked_rows(rows, batch_size)
     read_report(dataset_dir)
     source = RowSource(load_rows(Path(dataset_dir) / "heldout"))
-    return _in_order(source, batch_size, limit)
-
-
-def _in_order(source: RowSource, batch_size: int, limit: int | None) -> Iterator[Batch]:
     starts = range(0, len(source), batch_size)[:limit]
-    for start in starts:
-        rows = [source[index] for index in range(start, min(start + batch_size, len(source)))]
-        padding = {name: np.zeros_like(array) for name, array in rows[0].items()}
-        rows += [padding] * (batch_size - len(rows))
-        yield _to_batch({name: np.stack([row[name] for row in rows]) for name in padding})
+    return (_to_batch([_row_or_padding(source, start + row) for row in rows]) for start in starts)
+
+
+def _row_or_padding(source: RowSource, index: int) -> Row:
+    if index < len(source):
+        return source[index]
+    return {name: np.zeros_like(array) for name, array in source[0].items()}
+
+
+def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
+    if rows is None:
+        return range(batch_size)
+    if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+        raise ValueError(f"{rows=} must name rows of a batch of {batch_size=}")
+    return rows
 
 
 def check_vocabulary(dataset_dir: str | Path, vocab_size: int) -> None:
@@ -144,5 +160,5 @@ def _draw_phases(row: Row, rng: np.random.Generator) -> Row:
     return row | {"block_phase": phases[segment_ids]}
 
 
-def _to_batch(arrays: dict[str, Shaped[np.ndarray, "B L"]]) -> Batch:
-    return Batch(**arrays)
+def _to_batch(rows: Sequence[Row]) -> Batch:
+    return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})

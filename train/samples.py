@@ -1,0 +1,61 @@
+"""Completions of fixed held-out prompts during a run: what the numbers of an evaluation look like as text."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from idlm_jax.decoding import ISD, SamplingParams, generate
+from idlm_jax.model.language_model import LanguageModel
+from pallas_kernels.bodies import REFERENCE
+from train.data import heldout_batches
+
+PROMPT_TOKENS, MAX_TOKENS = 32, 48
+
+
+class Sample(NamedTuple):
+    """A prompt and its greedy completion; `tokens_per_forward` counts the prompt's forward."""
+
+    prompt: str
+    text: str
+    tokens_per_forward: float
+
+
+def sample_prompts(dataset: Path, count: int) -> list[list[int]]:
+    """The beginnings of held-out rows, spread evenly over them: the same in every run on this dataset."""
+    rows = [row for batch in heldout_batches(dataset, 1) for row in batch.tokens.tolist()]
+    return [row[:PROMPT_TOKENS] for row in rows[:: max(1, len(rows) // count)][:count]]
+
+
+def draw_samples(lm: LanguageModel, prompts: list[list[int]], stride: int, mesh: Mesh | None) -> Iterator[Sample]:
+    """Completes every prompt by ISD at temperature 0.
+
+    Args:
+        lm: the model, with its tokenizer; sharded over `mesh`.
+        prompts: token ids.
+        stride: tokens drafted and verified per forward.
+        mesh: of the arrays; None for one device.
+    """
+    tokenizer = lm.tokenizer
+    assert tokenizer is not None  # a run's model has that of its dataset
+    if mesh is not None:
+        # Kernels would have to be told how their arrays are cut; plain XLA partitions itself.
+        lm = dataclasses.replace(lm, graph=_with_reference_kernels(lm))
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        completions = generate(lm, prompts, ISD(stride=stride), params, batch_size=len(prompts))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = tokenizer.decode(prompt)
+        assert isinstance(text, str)
+        yield Sample(text, completion.text, len(completion.token_ids) / completion.num_forwards)
+
+
+def _with_reference_kernels(lm: LanguageModel) -> nnx.GraphDef:
+    module = nnx.merge(lm.graph, lm.params)
+    module.config = dataclasses.replace(module.config, kernels=REFERENCE)
+    return nnx.split(module)[0]
