@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import textwrap
 from types import FrameType
+from typing import Literal
 
 from train.config import ConfigError, TrainConfig, describe_keys, load_config, to_yaml
 
@@ -16,6 +18,7 @@ Train a model, or go on training it: the same command again resumes exactly wher
   python -m train configs/tiny_introspective_cpu.yaml             turns it into a diffusion model
   python -m train configs/tiny_ar_cpu.yaml steps=50 run_name=try  any key of the file can be overridden
   python -m train configs/tiny_ar_cpu.yaml --print-config         what would run, and nothing else
+  python -m train configs/qwen3_8b.yaml --plan h100x8             would it fit? how fast at best? (no GPU needed)
   srun python -m train configs/x.yaml --distributed mesh.fsdp=-1  one of several processes (docs/hosts.md)
 
 A run's folder, <output_dir>/<run_name>, receives config.yaml, metrics.jsonl, tb/ (TensorBoard),
@@ -51,7 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="learning_rate=1e-5, lora.rank=16, lora=null")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument(
+        "--plan",
+        metavar="TARGET",
+        nargs="?",
+        const="",
+        help="compile the step for this machine, or for h100x8, h200x1, v5e-16, v5p-64, v6e-64, ...; print bytes per "
+        "device, FLOP and times at best; exit 1 if it does not fit",
+    )
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint and exit")
+    parser.add_argument("--step", metavar="N|best", help="with --export-only: this checkpoint instead")
     several = parser.add_argument_group("several processes", "the same command on every host; see docs/hosts.md")
     several.add_argument("--distributed", action="store_true", help="JAX finds them: SLURM, MPI, Kubernetes, Cloud TPU")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="or name them: where process 0 listens,")
@@ -68,16 +80,58 @@ def main(arguments: list[str] | None = None) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
+    try:
+        step = _step_of(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.plan is not None:
+        return _plan(config, options.plan or None)
     # Imported late: a mistake in the config is answered before JAX is loaded.
     from train import hosts
 
-    return hosts.end_promptly(lambda: _train(config, options))
+    return hosts.end_promptly(lambda: _train(config, options, step))
 
 
-def _train(config: TrainConfig, options: argparse.Namespace) -> int:
+def _step_of(options: argparse.Namespace) -> int | Literal["best"] | None:
+    if options.step is None or options.step == "best":
+        if options.step and not options.export_only:
+            raise ConfigError("--step belongs to --export-only")
+        return options.step
+    if not (options.export_only and options.step.isdecimal()):
+        raise ConfigError(f"--step {options.step}: a number or best, and with --export-only")
+    return int(options.step)
+
+
+def _plan(config: TrainConfig, target: str | None) -> int:
+    if target is not None:
+        # Nothing runs: a compiler must not look for the devices, nor lock out who holds them.
+        for name, value in {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }.items():
+            os.environ.setdefault(name, value)
+    from train.plan import describe, make_plan
+
+    try:
+        plan = make_plan(config, target)
+    except (ValueError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # No compiler, or one that refuses because memory does not suffice.
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    for line in describe(plan, config):
+        print(line)
+    return 0 if plan.fits else 1
+
+
+def _train(config: TrainConfig, options: argparse.Namespace, step: int | Literal["best"] | None) -> int:
     from train import hosts
-    from train.loop import export_latest, run_training
-    from train.metrics import TrainingDiverged
+    from train.guard import TrainingDiverged
+    from train.loop import export_checkpoint, run_training
 
     try:
         hosts.join(
@@ -90,7 +144,7 @@ def _train(config: TrainConfig, options: argparse.Namespace) -> int:
         if hosts.is_first():
             logging.getLogger("pallas_kernels").setLevel(logging.INFO)  # which kernels were chosen
         if options.export_only:
-            export_latest(config)
+            export_checkpoint(config, step)
             return 0
         stop = _StopFlag()  # only now: JAX takes SIGTERM for itself as the processes meet
         result = run_training(config, should_stop=lambda: stop.signal_number != 0)

@@ -21,7 +21,7 @@ class TrainingDiverged(RuntimeError):
         super().__init__(
             f"step {step}: {reason}; the last checkpoint is from before. Lower learning_rate, or look at the data."
         )
-        self.step = step
+        self.step, self.reason = step, reason
 
 
 class SpikeGuard:

@@ -75,7 +75,8 @@ def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Me
         hf_config = dict(loaded.hf_config)
         model_config = loaded.config
         _check_same_tokenizer(config.init_from, loaded.tokenizer, tokenizer)
-    model_config = trained_config(config, model_config, tokenizer.mask_token_id)
+    mask = tokenizer.mask_token_id
+    model_config = trained_config(config, model_config, mask if isinstance(mask, int) else None)
     kind = _trained_kind(config)
 
     def draw() -> Qwen3:

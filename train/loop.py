@@ -2,14 +2,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import AutoTokenizer
@@ -18,29 +16,31 @@ from idlm_jax.weights import export_adapter, export_hf
 from train import hosts
 from train.batch import Batch
 from train.checkpoint import Checkpoints
-from train.config import ConfigError, TrainConfig, load_config, to_yaml
+from train.config import ConfigError, TrainConfig
 from train.curriculum import Span, describe_span
 from train.data import (
     DatasetReport,
     DatasetSettings,
     build_dataset,
     check_vocabulary,
-    heldout_batches,
     make_train_iterator,
     read_report,
 )
+from train.evaluation import Evaluator, SamplesLog, score_of
+from train.flops import Work, step_flops
+from train.guard import RecentBatches, TrainingDiverged
 from train.initialize import StartingPoint, initialize
-from train.mesh import ROWS, check_mesh, make_mesh, state_sharding
-from train.metrics import MetricsLog, OnStep, StepReporter, format_eval
-from train.objective import Metrics
+from train.mesh import ROWS, check_mesh, make_mesh, on_host, state_sharding
+from train.metrics import MetricsLog, OnStep, Speed, StepReporter, format_eval, open_wandb
 from train.plan_report import describe_plan
+from train.profile_window import ProfileWindow
 from train.rows import local_rows, place
-from train.step import TrainState, init_state, make_eval_step, make_train_step
+from train.run_folder import exclusive, open_checkpoints
+from train.samples import format_sample
+from train.step import TrainState, init_state, make_train_step
+from train.targets import find_device
 
 Echo = Callable[[str], None]
-
-# What may differ when a run is resumed: nothing that changes a parameter, but for rounding on another mesh.
-_FREE_KEYS = {"output_dir", "mesh", "save_every", "keep", "eval_every", "eval_batches", "log_every"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +84,20 @@ def run_training(
 
     Raises:
         ConfigError: the run folder belongs to a run with other settings, or to a running process.
-        TrainingDiverged: a loss or gradient norm is NaN or infinite; the last checkpoint is from before.
+        TrainingDiverged: a loss or gradient norm is NaN or infinite, or a loss a spike; the last checkpoint is from
+            before, and the batch is saved in the run folder.
         ValueError: dataset, checkpoint and config do not fit together.
     """
     if not hosts.is_first():
         echo = _ignore
-    with _exclusive(config), _open_checkpoints(config) as checkpoints:
+    with exclusive(config), open_checkpoints(config) as checkpoints:
         report = _prepare_dataset(config)
         mesh = make_mesh(config.mesh, jax.devices())
         rows = local_rows(mesh, config.batch_size)
         start = _start(config, report, mesh)
-        state = _initial_state(config, start, mesh)
-        done = checkpoints.latest_step
-        if done:
-            state = _restore(checkpoints, state)
+        state, done = _initial_state(config, start, mesh), 0
+        if checkpoints.latest_step:
+            state, done = _restore(checkpoints, state, None, echo)
             echo(f"resuming {config.run_dir} after step {done}")
         if done == config.steps:
             return TrainResult(done, True, _export(config, start, state, echo, overwrite=False), {})
@@ -115,11 +115,16 @@ def run_training(
             first_batch=done,
             rows=rows,
         )
-        evaluate = functools.partial(_evaluate, config, _jit_eval(config, start, mesh), mesh, rows)
-        last_eval: Mapping[str, float] = {}
-        vote = hosts.StopVote()
-        with MetricsLog(config.run_dir, done, is_mute=not hosts.is_first()) as log:
-            reporter = StepReporter(log, config, on_step, echo)
+        evaluator, last_eval = Evaluator(config, start, mesh, rows), {}
+        vote, profile, recent = hosts.StopVote(), ProfileWindow(config), RecentBatches()
+        samples_log = SamplesLog(config.run_dir, done)
+        wandb_run = open_wandb(config) if hosts.is_first() else None
+        with (
+            MetricsLog(config.run_dir, done, is_mute=not hosts.is_first(), wandb_run=wandb_run) as log,
+            contextlib.closing(profile),
+            _keeping_what_diverged(recent, config.run_dir),
+        ):
+            reporter = StepReporter(log, config, _speed(config, start, mesh), on_step, echo)
             for step in range(done + 1, config.steps + 1):
                 if step > span.stop:
                     # Compiling is no part of any step's time.
@@ -128,21 +133,30 @@ def run_training(
                     compiled = _compile_step(config, span, start, state, report, mesh)
                     echo(f"stage {span.number} of {len(config.spans)} begins: {describe_span(span)}")
                     reporter.restart_clock()
-                state, metrics = compiled(state, place(next(data), mesh, config.batch_size))
+                profile.before(step)
+                batch = next(data)
+                recent.push(step, batch)
+                state, metrics = compiled(state, place(batch, mesh, config.batch_size))
+                profile.after(step, metrics)
                 reporter.push(step, metrics)
-                is_last, is_stopping = step == config.steps, vote.cast(should_stop())
+                is_last, is_stopping, score = step == config.steps, vote.cast(should_stop()), None
                 if config.eval_batches and (is_last or (config.eval_every and step % config.eval_every == 0)):
                     reporter.flush()
-                    last_eval = evaluate(state)
+                    last_eval, samples = evaluator.measure(state), evaluator.draw(state)
+                    score = score_of(config, last_eval)
                     log.write(step, "eval", last_eval)
-                    echo(format_eval(step, last_eval))
+                    samples_log.write(step, samples)
+                    for line in (format_eval(step, last_eval), *map(format_sample, samples)):
+                        echo(line)
                     reporter.restart_clock()
-                if is_last or is_stopping or checkpoints.is_due(step):
+                best = checkpoints.best
+                is_best = config.keep_best and score is not None and (best is None or score > best[1])
+                if is_last or is_stopping or is_best or checkpoints.is_due(step):
                     # A checkpoint vouches for the steps before it: their metrics are checked and on disk
                     # first.
                     reporter.flush()
                     log.sync()
-                    checkpoints.save(step, _saved(state))
+                    checkpoints.save(step, _saved(state), score)
                     reporter.restart_clock()
                 if is_stopping and not is_last:
                     checkpoints.wait()
@@ -152,70 +166,58 @@ def run_training(
         return TrainResult(config.steps, True, _export(config, start, state, echo, overwrite=True), last_eval)
 
 
-def export_latest(config: TrainConfig, *, echo: Echo = print) -> Path:
-    """Exports the newest checkpoint of a run, finished or not.
+def export_checkpoint(config: TrainConfig, step: int | Literal["best"] | None = None, *, echo: Echo = print) -> Path:
+    """Exports a checkpoint of a run, finished or not.
+
+    Args:
+        config: the run.
+        step: which; None for the newest, "best" for the one that `keep_best` kept.
+        echo: takes the lines meant for people.
 
     Raises:
-        ConfigError: the run has no checkpoint, or the folder belongs to a run with other settings.
+        ConfigError: the run has no such checkpoint, or the folder belongs to a run with other settings.
     """
     if not hosts.is_first():
         echo = _ignore
-    with _exclusive(config), _open_checkpoints(config) as checkpoints:
+    with exclusive(config), open_checkpoints(config) as checkpoints:
         if not checkpoints.latest_step:
             raise ConfigError(f"{config.run_dir} holds no checkpoint to export")
+        if step == "best":
+            if checkpoints.best is None:
+                raise ConfigError(f"{config.run_dir} holds no checkpoint with a score: keep_best was off")
+            step = checkpoints.best[0]
+        if step is not None and step not in checkpoints.steps:
+            raise ConfigError(f"{config.run_dir} holds checkpoints of steps {checkpoints.steps}, not of {step}")
         mesh = make_mesh(config.mesh, jax.devices())
         start = _start(config, read_report(config.dataset.path), mesh)
-        state = _restore(checkpoints, _initial_state(config, start, mesh))
+        state, step = _restore(checkpoints, _initial_state(config, start, mesh), step, echo)
+        echo(f"step {step} of {config.steps}")
         return _export(config, start, state, echo, overwrite=True)
+
+
+@contextlib.contextmanager
+def _keeping_what_diverged(recent: RecentBatches, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except TrainingDiverged as error:
+        path = recent.save(error.step, folder, jax.process_index())
+        raise TrainingDiverged(error.step, f"{error.reason}, on the batch in {path}") from None
+
+
+def _speed(config: TrainConfig, start: StartingPoint, mesh: Mesh | None) -> Speed:
+    model, device = start.config, find_device(jax.devices()[0].device_kind)
+
+    def flops_of(step: int, metrics: Mapping[str, float]) -> float:
+        span = config.span_of(step - 1)
+        work = Work(metrics["tokens"], metrics["supervised_tokens"], metrics["clean_rows"], metrics["attended"])
+        has_divergence = bool(span.kl_weight or span.tv_weight)
+        return step_flops(model, work, is_ar=config.objective == "ar", has_divergence=has_divergence)
+
+    return Speed(flops_of=flops_of, num_devices=mesh.size if mesh else 1, peak=device and device.flops)
 
 
 def _ignore(line: str) -> None:
     del line
-
-
-@contextlib.contextmanager
-def _exclusive(config: TrainConfig) -> Iterator[None]:
-    """One run per folder; process 0 holds the lock, which dies with it, however that ends."""
-    ours, lock_path = to_yaml(config), config.run_dir / ".lock"
-    with contextlib.ExitStack() as held:
-
-        def lock_and_tell() -> str:
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-            try:
-                fcntl.flock(held.enter_context(lock_path.open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{config.run_dir} is being trained by another process") from None
-            return ours
-
-        if hosts.from_first("lock", lock_and_tell) != ours:
-            raise ConfigError(f"process {jax.process_index()} was given another config than process 0")
-        if not lock_path.exists():
-            raise ConfigError(
-                f"process {jax.process_index()} does not see {config.run_dir}, which process 0 has made: output_dir "
-                "must be a folder that all hosts share"
-            )
-        yield
-
-
-@contextlib.contextmanager
-def _open_checkpoints(config: TrainConfig) -> Iterator[Checkpoints]:
-    snapshot = config.run_dir / "config.yaml"
-    with Checkpoints(config.run_dir, save_every=config.save_every, keep=config.keep) as checkpoints:
-        if checkpoints.latest_step and snapshot.exists():
-            before, now = dataclasses.asdict(load_config(snapshot)), dataclasses.asdict(config)
-            changed = [key for key in now if key not in _FREE_KEYS and now[key] != before[key]]
-            if changed:
-                raise ConfigError(
-                    f"{config.run_dir} was trained for {checkpoints.latest_step} steps with "
-                    + ", ".join(f"{key}={before[key]!r} (now {now[key]!r})" for key in changed)
-                    + ": choose another run_name, or delete the folder"
-                )
-        if hosts.is_first():
-            # Replaced in one go: a kill in between must not leave half a file, which the next start would refuse.
-            partial = snapshot.with_suffix(".partial")
-            partial.write_text(to_yaml(config), encoding="utf-8")
-            partial.replace(snapshot)
-        yield checkpoints
 
 
 def _prepare_dataset(config: TrainConfig) -> DatasetReport:
@@ -247,11 +249,16 @@ def _start(config: TrainConfig, report: DatasetReport, mesh: Mesh | None) -> Sta
 
 def _initial_state(config: TrainConfig, start: StartingPoint, mesh: Mesh | None) -> TrainState:
     if mesh is None:
-        return init_state(config, start.trainable, start.frozen)
-    init = functools.partial(init_state, config)
-    sharding = state_sharding(jax.eval_shape(init, start.trainable, start.frozen), mesh)
-    # Donated: parameters are taken over, not copied.
-    return jax.jit(init, out_shardings=sharding, donate_argnums=(0, 1))(start.trainable, start.frozen)
+        state = init_state(config, start.trainable, start.frozen)
+    else:
+        init = functools.partial(init_state, config)
+        sharding = state_sharding(jax.eval_shape(init, start.trainable, start.frozen), mesh)
+        # Donated: parameters are taken over, not copied.
+        state = jax.jit(init, out_shardings=sharding, donate_argnums=(0, 1))(start.trainable, start.frozen)
+    if config.offload_optimizer:
+        sharding = on_host(jax.tree.map(lambda x: x.sharding, state.opt_state))
+        state = state._replace(opt_state=jax.device_put(state.opt_state, sharding))
+    return state
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
@@ -259,8 +266,9 @@ def _saved(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
-def _restore(checkpoints: Checkpoints, state: TrainState) -> TrainState:
-    return state._replace(**checkpoints.restore(_saved(state)))
+def _restore(checkpoints: Checkpoints, state: TrainState, step: int | None, echo: Echo) -> tuple[TrainState, int]:
+    restored, step = checkpoints.restore(_saved(state), step=step, tell=echo)
+    return state._replace(**restored), step
 
 
 def _compile_step(
@@ -272,11 +280,9 @@ def _compile_step(
     mesh: Mesh | None,
 ) -> jax.stages.Compiled:
     step, batch = make_train_step(start.graph, config, span), _abstract_batch(config, report, mesh)
-    if mesh is None:
-        return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     # The state comes back as it went in, or it could not be donated; metrics are on every device.
-    returned = (state_sharding(state, mesh), NamedSharding(mesh, PartitionSpec()))
-    with jax.set_mesh(mesh):
+    returned = jax.tree.map(lambda x: x.sharding, state), None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=returned).lower(state, batch).compile()
 
 
@@ -286,33 +292,6 @@ def _abstract_batch(config: TrainConfig, report: DatasetReport, mesh: Mesh | Non
     ints = np.zeros(shape, np.int32)
     batch = Batch(ints, ints, ints, np.zeros(shape, np.bool_), ints)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
-
-
-def _jit_eval(config: TrainConfig, start: StartingPoint, mesh: Mesh | None) -> Callable[..., Metrics]:
-    evaluate = make_eval_step(start.graph, config)
-    # On every device, as the metrics of a step: each process reads them.
-    return evaluate if mesh is None else jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def _evaluate(
-    config: TrainConfig,
-    eval_step: Callable[..., Metrics],
-    mesh: Mesh | None,
-    rows: Sequence[int],
-    state: TrainState,
-) -> dict[str, float]:
-    """Means over the held-out rows: `loss`, its terms, and acceptance by depth when introspective."""
-    total: Metrics | None = None
-    for batch in heldout_batches(config.dataset.path, config.batch_size, config.eval_batches, rows):
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            terms = eval_step(state.params, state.frozen, place(batch, mesh, config.batch_size))
-        total = terms if total is None else jax.tree.map(jnp.add, total, terms)
-    assert total is not None  # a dataset always has held-out rows, and eval_batches is positive
-    result = {name: float(term.mean) for name, term in total.items()}
-    loss = result["ce_clean"]
-    if config.objective == "introspective":
-        loss = result["loss_noisy"] + result["alpha"] * result["ce_clean"]
-    return {"loss": loss, **result}
 
 
 def _export(config: TrainConfig, start: StartingPoint, state: TrainState, echo: Echo, *, overwrite: bool) -> Path:

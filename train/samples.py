@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from idlm_jax.decoding import ISD, SamplingParams, generate
+from idlm_jax.decoding import AR, ISD, SamplingParams, generate
 from idlm_jax.model.language_model import LanguageModel
 from pallas_kernels.bodies import REFERENCE
 from train.data import heldout_batches
@@ -26,6 +26,11 @@ class Sample(NamedTuple):
     tokens_per_forward: float
 
 
+def format_sample(sample: Sample) -> str:
+    """One line: the end of the prompt, what follows, and its tokens per forward."""
+    return f"sample · {sample.tokens_per_forward:.2f} TPF · ...{sample.prompt[-40:]!r} -> {sample.text[:80]!r}"
+
+
 def sample_prompts(dataset: Path, count: int) -> list[list[int]]:
     """The beginnings of held-out rows, spread evenly over them: the same in every run on this dataset."""
     rows = [row for batch in heldout_batches(dataset, 1) for row in batch.tokens.tolist()]
@@ -33,12 +38,12 @@ def sample_prompts(dataset: Path, count: int) -> list[list[int]]:
 
 
 def draw_samples(lm: LanguageModel, prompts: list[list[int]], stride: int, mesh: Mesh | None) -> Iterator[Sample]:
-    """Completes every prompt by ISD at temperature 0.
+    """Completes every prompt at temperature 0.
 
     Args:
         lm: the model, with its tokenizer; sharded over `mesh`.
         prompts: token ids.
-        stride: tokens drafted and verified per forward.
+        stride: tokens that a forward of ISD commits at most; 1 is plain AR.
         mesh: of the arrays; None for one device.
     """
     tokenizer = lm.tokenizer
@@ -48,11 +53,12 @@ def draw_samples(lm: LanguageModel, prompts: list[list[int]], stride: int, mesh:
         lm = dataclasses.replace(lm, graph=_with_reference_kernels(lm))
     params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        completions = generate(lm, prompts, ISD(stride=stride), params, batch_size=len(prompts))
+        method = ISD(stride=stride) if stride > 1 else AR()
+        completions = generate(lm, prompts, method, params, batch_size=len(prompts))
     for prompt, completion in zip(prompts, completions, strict=True):
         text = tokenizer.decode(prompt)
         assert isinstance(text, str)
-        yield Sample(text, completion.text, len(completion.token_ids) / completion.num_forwards)
+        yield Sample(text, completion.text, completion.tokens_per_forward)
 
 
 def _with_reference_kernels(lm: LanguageModel) -> nnx.GraphDef:

@@ -32,7 +32,7 @@ def test_state_comes_back_bit_for_bit_though_it_was_donated_during_the_save(tmp_
         checkpoints.save(3, state)
         jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(state)
     with Checkpoints(tmp_path, save_every=1, keep=1) as checkpoints:
-        restored = checkpoints.restore(state_at(0))
+        restored, _ = checkpoints.restore(state_at(0))
     for one, other in zip(jax.tree.leaves(restored), jax.tree.leaves(state_at(3)), strict=True):
         np.testing.assert_array_equal(one, other)
         assert one.dtype == other.dtype and one.sharding == other.sharding

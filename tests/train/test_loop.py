@@ -12,8 +12,9 @@ from tensorboardX.proto import event_pb2
 from idlm_jax.weights import load
 from tests.support.tiny_run import TINY_MODEL, tiny_dataset, tiny_run
 from train.config import ConfigError
-from train.loop import export_latest, run_training
-from train.metrics import TrainingDiverged, read_metrics
+from train.guard import TrainingDiverged
+from train.loop import export_checkpoint, run_training
+from train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_a_run_exports_what_it_trained(ar_run):
     lm = load(result.export_dir, dtype="float32")
     assert lm.tokenizer is not None and lm.config.mask_token_id == lm.tokenizer.mask_token_id
     assert lm.config.eos_token_ids == (lm.tokenizer.eos_token_id,)
-    exported = export_latest(config, echo=lambda line: None)
+    exported = export_checkpoint(config, echo=lambda line: None)
     again = load(exported, dtype="float32")
     ids = np.arange(12, dtype=np.int32)[None]
     np.testing.assert_array_equal(lm.logits(ids), again.logits(ids))
