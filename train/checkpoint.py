@@ -4,8 +4,9 @@ The position in the data needs no file of its own: a batch is a function of its 
 API is used here and nowhere else, because its names may still move before 1.0.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -79,10 +80,14 @@ class Checkpoints:
             step: optimizer steps taken.
             state: pytree of arrays.
             score: of an evaluation at this very step, higher is better; None where there was none.
+
+        Raises:
+            OSError: the save before could not be written.
         """
         if step != self.latest_step:
             metrics: Any = None if score is None else {"score": score}
-            self._orbax.save_checkpointables_async(step, {"state": state}, metrics=metrics, force=True)
+            with self._naming_failures():
+                self._orbax.save_checkpointables_async(step, {"state": state}, metrics=metrics, force=True)
 
     def restore(
         self, like: State, *, step: int | None = None, tell: Callable[[str], None] = _ignore
@@ -120,6 +125,8 @@ class Checkpoints:
 
     def _read(self, step: int, like: State) -> State:
         saved, wanted = _shapes(self._orbax.metadata(step).metadata), _shapes(like)
+        if not saved:
+            raise ValueError("it names no array")
         wrong = [
             f"{name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
             for name in sorted(saved.keys() | wanted.keys())
@@ -150,8 +157,23 @@ class Checkpoints:
         return {_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
     def wait(self) -> None:
-        """Blocks until the save in flight is on the disk."""
-        self._orbax.wait()
+        """Blocks until the save in flight is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with self._naming_failures():
+            self._orbax.wait()
+
+    @contextlib.contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk comes as a ValueError of the storage library
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"a checkpoint could not be written (those of steps {self.steps} are whole): {reason}"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -156,7 +156,7 @@ def run_training(
                     # first.
                     reporter.flush()
                     log.sync()
-                    checkpoints.save(step, _saved(state), score)
+                    checkpoints.save(step, _saved(state), score if config.keep_best else None)
                     reporter.restart_clock()
                 if is_stopping and not is_last:
                     checkpoints.wait()

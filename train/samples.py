@@ -51,7 +51,8 @@ def draw_samples(lm: LanguageModel, prompts: list[list[int]], stride: int, mesh:
     if mesh is not None:
         # Kernels would have to be told how their arrays are cut; plain XLA partitions itself.
         lm = dataclasses.replace(lm, graph=_with_reference_kernels(lm))
-    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
+    room = lm.config.max_position - max(map(len, prompts))
+    params = SamplingParams(max_tokens=min(MAX_TOKENS, room), temperature=0.0, ignore_eos=True)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         method = ISD(stride=stride) if stride > 1 else AR()
         completions = generate(lm, prompts, method, params, batch_size=len(prompts))

@@ -95,6 +95,27 @@ def test_killed_twice_equals_uninterrupted_bit_for_bit(dataset, tmp_path):
     assert steps == list(range(1, 13)), f"{seed=}"
 
 
+# As a full disk: no file may grow beyond some size, which a checkpoint's do.
+ON_A_FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from train.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_earlier_checkpoints(dataset, tmp_path):
+    config = tiny_run(dataset, tmp_path, model=TINY_MODEL | {"hidden_size": 128}, steps=6, eval_batches=0)
+    answers = iter([False, True])
+    run_training(config, should_stop=lambda: next(answers), echo=lambda line: None)
+    command = [sys.executable, "-W", "ignore", "-c", ON_A_FULL_DISK, str(write(config, tmp_path / "run.yaml"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: a checkpoint could not be written (those of steps [2] are whole)"), done.stderr
+    assert run_training(config, echo=lambda line: None).is_finished
+
+
 def test_sigterm_saves_and_exits_and_the_same_command_resumes(dataset, tmp_path):
     config = tiny_run(dataset, tmp_path, steps=10**6, save_every=10**6, eval_batches=0)
     command = [sys.executable, "-m", "train", str(write(config, tmp_path / "run.yaml"))]
