@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,6 +19,7 @@ from benchmarks.device.compiling import Compiler
 from benchmarks.device.floors import measure_floors
 from benchmarks.device.report import Report, default_folder, describe_environment
 from benchmarks.device.speed import time_all
+from benchmarks.device.train_steps import CASES, DRY, StepCase, time_steps
 from benchmarks.device.tuning import tune, winners
 
 DESCRIPTION = """\
@@ -26,6 +28,7 @@ Checks, times and tunes the kernels on the accelerator of this machine.
   run.sh kernels                     every kernel: correct? how fast, against floors and rivals?
   run.sh kernels --only verify       one op (comma-separated for more)
   run.sh tune quantized_matmul       tries tile sizes, prints the winners as text for the op's tiles.py
+  run.sh train                       whole training steps: 8B with an adapter, 24 layers of 8B, 0.6B, 1.7B; MFU
   run.sh kernels --dry               the same path on a CPU in seconds: tiny shapes, interpreters, no figures
 
 A run ends within --budget-s whatever happens: what no longer fits is listed as "skipped (time)".
@@ -46,7 +49,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         part = parts.add_parser(name, help=PARTS[name].__doc__, description=PARTS[name].__doc__, allow_abbrev=False)
         if name == "tune":
             part.add_argument("op", choices=OPS, help="op whose tiles to try")
-        else:
+        elif name == "kernels":
             part.add_argument("--only", type=_ops, default=OPS, metavar="OP,..", help=f"of {', '.join(OPS)}")
         part.add_argument("--shapes", default="", metavar="TEXT", help="only cases whose name holds this text")
         part.add_argument(
@@ -104,9 +107,20 @@ def run_tune(options: argparse.Namespace, cases: list[Case], report: Report, bud
         _finish(compiler, report, budget, options.out, f"tune_{options.op}")
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, list[Case], Report, Budget], None]] = {
+def run_train(options: argparse.Namespace, cases: list[StepCase], report: Report, budget: Budget) -> None:
+    """Times whole training steps, compiled all at once and run one after the other."""
+    compiler = Compiler()
+    try:
+        platform = "cpu" if options.dry else jax.default_backend()
+        report.steps = time_steps(cases, compiler, budget, platform, is_dry=bool(options.dry))
+    finally:
+        _finish(compiler, report, budget, options.out, "train")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Any, Report, Budget], None]] = {
     "kernels": run_kernels,
     "tune": run_tune,
+    "train": run_train,
 }
 
 
@@ -137,11 +151,14 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"run.sh: {error}", file=sys.stderr)
         return 2
-    ops = (options.op,) if options.part == "tune" else options.only
-    cases = [case for op in ops for case in cases_of(op, setting) if options.shapes in case.name]
-    cases.sort(key=lambda case: case.rank)
-    if options.dry:
-        cases = [case for case in cases if case.is_for_dry]
+    cases: Sequence[Any]
+    if options.part == "train":
+        ops = ("train",)
+        cases = [case for case in (DRY if options.dry else CASES) if options.shapes in case.name]
+    else:
+        ops = (options.op,) if options.part == "tune" else options.only
+        of_ops = [case for op in ops for case in cases_of(op, setting) if options.shapes in case.name]
+        cases = sorted((case for case in of_ops if case.is_for_dry or not options.dry), key=lambda case: case.rank)
     if not cases:
         print(f"no case of {', '.join(ops)} holds {options.shapes!r} in its name", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ import jax
 from benchmarks.device.checks import FAIL, Check
 from benchmarks.device.floors import Floors
 from benchmarks.device.speed import Speed
+from benchmarks.device.train_steps import StepSpeed
 from benchmarks.device.tuning import Candidate
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ class Report:
         floors: ceilings of the device.
         checks: correctness.
         speeds: our bodies and their rivals.
+        steps: whole training steps.
         torch: lines of `torch_rivals.py`, or why there are none.
         candidates: tile choices.
         tiles_entry: the winners, as text for `tiles.py`.
@@ -44,6 +46,7 @@ class Report:
     floors: Floors | None = None
     checks: list[Check] = dataclasses.field(default_factory=list)
     speeds: list[Speed] = dataclasses.field(default_factory=list)
+    steps: list[StepSpeed] = dataclasses.field(default_factory=list)
     torch: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     tiles_entry: str = ""
@@ -82,6 +85,12 @@ class Report:
             sections.append("## Speed\n\n" + _table(*_speed_rows(self.speeds)))
             formulas = dict.fromkeys((line.case.split("/")[0], line.formula) for line in self.speeds if line.formula)
             sections.append("\n".join(f"- {op}: {formula}" for op, formula in formulas))
+        if self.steps:
+            sections.append(
+                "## Training steps\n\nRandom weights, full rows of random tokens, all supervised. MFU counts what the "
+                "method needs (`train/flops.py`) against the published bfloat16 peak.\n\n"
+                + _table(*_step_rows(self.steps))
+            )
         if self.torch:
             sections.append(
                 "## PyTorch on the same device, in a process of its own\n\n" + _table(*_torch_rows(self.torch))
@@ -166,6 +175,24 @@ def _speed_rows(speeds: list[Speed]) -> tuple[list[str], list[list[str]]]:
         )
     header = ["case", "program", "median ms", "IQR ms", "GB/s", "TFLOP/s", "of floor", "temp MiB", "sets x MiB", "note"]
     return header, rows
+
+
+def _step_rows(steps: list[StepSpeed]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [
+            step.case,
+            f"{step.num_params / 1e9:.2f}",
+            _figure(step.median_ms, "{:.1f}"),
+            _figure(step.iqr_ms, "{:.1f}"),
+            _figure(step.tokens_per_s, "{:,.0f}"),
+            _figure(step.mfu, "{:.1%}"),
+            _figure(step.peak_bytes and step.peak_bytes / 1e9, "{:.1f}"),
+            _figure(step.loss, "{:.3f}"),
+            step.note,
+        ]
+        for step in steps
+    ]
+    return ["case", "G params", "median ms", "IQR ms", "tokens/s", "MFU", "GB", "loss", "note"], rows
 
 
 def _torch_rows(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

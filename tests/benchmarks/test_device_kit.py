@@ -116,6 +116,15 @@ def test_dry_tuning_runs_every_candidate_and_names_no_winner(tmp_path: Path, cap
     assert {(line["note"], line["timing"]) for line in candidates} == {("dry", None)}
 
 
+def test_dry_training_steps_run_and_publish_no_figure(tmp_path: Path):
+    assert main(["train", "--dry", "--out", str(tmp_path)]) == 0
+    steps = json.loads((tmp_path / "train.json").read_text())["steps"]
+    assert [step["case"] for step in steps] == ["tiny", "tiny_ar"]
+    # Random weights: the loss of each stream is about log(vocabulary).
+    assert 0.9 * 4.85 < steps[1]["loss"] < 1.1 * 4.85 < steps[0]["loss"] < 1.4 * 4.85
+    assert all(step["median_ms"] is step["tokens_per_s"] is step["mfu"] is None for step in steps)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

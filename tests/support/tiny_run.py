@@ -8,6 +8,8 @@ from typing import Any
 from train.config import TrainConfig, config_from_mapping
 from train.data import DatasetSettings, build_dataset
 
+# Of a line of metrics: what differs from run to run.
+TIMINGS = {"ms_per_step", "tokens_per_s", "supervised_tokens_per_s", "tflops_per_device", "eta_s"}
 TINY_MODEL = {
     "vocab_size": 300,
     "hidden_size": 16,

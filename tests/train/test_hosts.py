@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from idlm_jax.weights import load
-from tests.support.tiny_run import TINY_MODEL, tiny_dataset, tiny_run
+from tests.support.tiny_run import TIMINGS, TINY_MODEL, tiny_dataset, tiny_run
 from train import hosts, launch_local
 from train.config import ConfigError, TrainConfig, to_yaml
 from train.loop import run_training
@@ -22,7 +22,6 @@ from train.mesh import arrange
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = {"ms_per_step", "tokens_per_s", "supervised_tokens_per_s", "eta_s"}
 STEPS = 16
 RUN = {
     "objective": "introspective",

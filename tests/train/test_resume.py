@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.support.tiny_run import TINY_MODEL, tiny_dataset, tiny_run
+from tests.support.tiny_run import TIMINGS, TINY_MODEL, tiny_dataset, tiny_run
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, to_yaml
 from train.loop import run_training
 from train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-TIMINGS = {"ms_per_step", "tokens_per_s", "supervised_tokens_per_s", "tflops_per_device", "eta_s"}
 
 # Kills itself, as `kill -9` would, once the metrics of a step are known. A later step is running by then, and a save
 # may be in flight.
