@@ -144,6 +144,9 @@ def run_training(
                     reporter.flush()
                     last_eval, samples = evaluator.measure(state), evaluator.draw(state)
                     score = score_of(config, last_eval)
+                    if samples:
+                        rates = [sample.tokens_per_forward for sample in samples]
+                        last_eval["tokens_per_forward"] = sum(rates) / len(rates)
                     log.write(step, "eval", last_eval)
                     samples_log.write(step, samples)
                     for line in (format_eval(step, last_eval), *map(format_sample, samples)):
