@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import AutoTokenizer
 
 from idlm_jax.weights import export_adapter, export_hf
 from train import hosts
-from train.batch import Batch
 from train.checkpoint import Checkpoints
 from train.config import ConfigError, TrainConfig
 from train.curriculum import Span, describe_span
@@ -30,11 +28,11 @@ from train.evaluation import Evaluator, SamplesLog, score_of
 from train.flops import Work, step_flops
 from train.guard import RecentBatches, TrainingDiverged
 from train.initialize import StartingPoint, initialize
-from train.mesh import ROWS, check_mesh, make_mesh, on_host, state_sharding
+from train.mesh import check_mesh, make_mesh, on_host, state_sharding
 from train.metrics import MetricsLog, OnStep, Speed, StepReporter, format_eval, open_wandb
 from train.plan_report import describe_plan
 from train.profile_window import ProfileWindow
-from train.rows import local_rows, place
+from train.rows import abstract_batch, local_rows, place
 from train.run_folder import exclusive, open_checkpoints
 from train.samples import format_sample
 from train.step import TrainState, init_state, make_train_step
@@ -282,19 +280,12 @@ def _compile_step(
     report: DatasetReport,
     mesh: Mesh | None,
 ) -> jax.stages.Compiled:
-    step, batch = make_train_step(start.graph, config, span), _abstract_batch(config, report, mesh)
+    step = make_train_step(start.graph, config, span)
+    batch = abstract_batch(config.batch_size, report.settings.max_seq_len, mesh)
     # The state comes back as it went in, or it could not be donated; metrics are on every device.
     returned = jax.tree.map(lambda x: x.sharding, state), None if mesh is None else NamedSharding(mesh, PartitionSpec())
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=returned).lower(state, batch).compile()
-
-
-def _abstract_batch(config: TrainConfig, report: DatasetReport, mesh: Mesh | None) -> Batch:
-    shape = (config.batch_size, report.settings.max_seq_len)
-    sharding = None if mesh is None else NamedSharding(mesh, ROWS)
-    ints = np.zeros(shape, np.int32)
-    batch = Batch(ints, ints, ints, np.zeros(shape, np.bool_), ints)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
 def _export(config: TrainConfig, start: StartingPoint, state: TrainState, echo: Echo, *, overwrite: bool) -> Path:

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from idlm_jax.config import ModelConfig, from_hf_config
 from idlm_jax.deviceless import compile_for
 from idlm_jax.qwen3_sizes import QWEN3_SIZES
 from pallas_kernels.bodies import choose_kernels
-from train.batch import Batch
 from train.config import TrainConfig
 from train.data import read_report
 from train.flops import Work, recomputed_flops, step_flops
 from train.initialize import abstract_start, trained_config
-from train.mesh import AXES, ROWS, check_mesh, make_mesh, on_host, state_sharding
+from train.mesh import AXES, check_mesh, make_mesh, on_host, state_sharding
+from train.rows import abstract_batch
 from train.step import TrainState, make_train_step
 from train.targets import Device, find_device, named_devices
 
@@ -122,7 +121,8 @@ def make_plan(config: TrainConfig, target: str | None = None) -> Plan:
         check_mesh(mesh, config, model, row_len)
     graph, state = abstract_start(config, model)
     alone = Mesh([[[[devices[0]]]]], AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    placed, batch = _place_abstract(state, config, row_len, mesh or alone)
+    placed = _place_state(state, config, mesh or alone)
+    batch = abstract_batch(config.batch_size, row_len, mesh or alone)
     everywhere = NamedSharding(mesh or alone, PartitionSpec())
     step = make_train_step(graph, config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
@@ -211,20 +211,11 @@ def _row_len(config: TrainConfig) -> int:
         ) from None
 
 
-def _place_abstract(state: TrainState, config: TrainConfig, row_len: int, mesh: Mesh) -> tuple[TrainState, Batch]:
-    def put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    def blank() -> Batch:
-        index = jnp.zeros((config.batch_size, row_len), jnp.int32)
-        return Batch(index, index, index, index != 0, index)
-
-    batch = jax.eval_shape(blank)
-    rows = NamedSharding(mesh, ROWS)
+def _place_state(state: TrainState, config: TrainConfig, mesh: Mesh) -> TrainState:
     sharding = state_sharding(state, mesh)
     if config.offload_optimizer:
         sharding = sharding._replace(opt_state=on_host(sharding.opt_state))
-    return jax.tree.map(put, state, sharding), jax.tree.map(lambda leaf: put(leaf, rows), batch)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, sharding)
 
 
 def _held(tree: Any) -> int:

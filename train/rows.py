@@ -35,3 +35,15 @@ def place(batch: Batch, mesh: Mesh | None, batch_size: int) -> Batch:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:])), batch
     )
+
+
+def abstract_batch(batch_size: int, row_len: int, mesh: Mesh | None) -> Batch:
+    """The shapes of a global batch, where `place` puts it."""
+    sharding = None if mesh is None else NamedSharding(mesh, ROWS)
+
+    def blank() -> Batch:
+        index = jnp.zeros((batch_size, row_len), jnp.int32)
+        return Batch(index, index, index, index != 0, index)
+
+    shapes = jax.eval_shape(blank)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

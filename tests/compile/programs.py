@@ -1,4 +1,4 @@
-"""The programs of a Qwen3-8B that the compile tests build: one decode step and one train step, without an array."""
+"""The decode step of a Qwen3-8B that the compile tests build, without an array."""
 
 import dataclasses
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
-from idlm_jax.config import LoraConfig, ModelConfig
+from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.state import DecodeState, initial_state
 from idlm_jax.decoding.step import decode_step
@@ -20,10 +20,6 @@ from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.bodies import BY_NAME
 from pallas_kernels.verify import Sampling
 from tests.support.released import QWEN3_8B
-from train.batch import Batch
-from train.config import load_config
-from train.mesh import ROWS, state_sharding
-from train.step import init_state, make_train_step
 
 
 def decode_state(config: ModelConfig, plan: StepPlan, batch: int, capacity: int, pool_tokens: int) -> DecodeState:
@@ -71,37 +67,3 @@ def compile_decode_step(
 
 def pool_bytes(state: DecodeState) -> int:
     return sum(int(np.prod(each.shape)) * each.dtype.itemsize for each in state.cache)
-
-
-def compile_train_step(
-    mesh: Mesh, *, kernels: str, batch_size: int, length: int = 4096, lora_rank: int | None = 128
-) -> Compiled:
-    """One donated step on Qwen3-8B: gated LoRA on a bfloat16 base, or, without a rank, all weights in float32.
-
-    `mesh` has one device, or the axes of a run's mesh.
-    """
-    lora = LoraConfig(rank=lora_rank, alpha=2.0 * lora_rank) if lora_rank else None
-    param_dtype = "bfloat16" if lora_rank else "float32"
-    model_config = dataclasses.replace(
-        QWEN3_8B, kernels=BY_NAME[kernels], remat="full", param_dtype=param_dtype, lora=lora
-    )
-    overrides = [f"lora.rank={lora_rank}", f"lora.alpha={2 * lora_rank}"] if lora_rank else []
-    config = load_config("configs/qwen3_8b_paper.yaml", [*overrides, f"batch_size={batch_size}"])
-    graph, trainable, frozen = nnx.split(
-        nnx.eval_shape(lambda: Qwen3(model_config, rngs=nnx.Rngs(0))), nnx.LoRAParam if lora_rank else nnx.Param, ...
-    )
-    trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trainable)
-    state = jax.eval_shape(lambda params, frozen: init_state(config, params, frozen), trainable, frozen)
-    index = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-    batch = Batch(index, index, index, jax.ShapeDtypeStruct((batch_size, length), jnp.bool_), index)
-    everywhere = NamedSharding(mesh, P())
-    sharding = jax.tree.map(lambda _: everywhere, state) if mesh.size == 1 else state_sharding(state, mesh)
-    placed = jax.tree.map(lambda leaf, of: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=of), state, sharding)
-    return compile_for(
-        mesh,
-        make_train_step(graph, config, config.spans[-1]),
-        placed,
-        on_mesh(batch, mesh, P() if mesh.size == 1 else ROWS),
-        donate_argnums=0,
-        out_shardings=(sharding, everywhere),
-    )
