@@ -64,12 +64,18 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 
 @app.command()
-def run(seeds: Annotated[str, typer.Option(help="Seeds, comma-separated; every recipe at each.")] = "0,1,2") -> None:
+def run(
+    seeds: Annotated[str, typer.Option(help="Seeds, comma-separated; every recipe at each.")] = "0,1,2",
+    recipe: Annotated[list[str] | None, typer.Option(help="Only these; repeat for several.")] = None,
+) -> None:
     """Trains and measures what has no result yet."""
+    unknown = set(recipe or ()) - set(RECIPES)
+    if unknown:
+        raise typer.BadParameter(f"{sorted(unknown)} are none of {sorted(RECIPES)}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     # Seeds outermost: whenever this is stopped, the recipes are about equally far.
     for seed in map(int, seeds.split(",")):
-        for name in RECIPES:
+        for name in recipe or RECIPES:
             result = _result_path(name, seed)
             if not result.exists():
                 record = measure(name, seed)
