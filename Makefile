@@ -34,8 +34,8 @@ test: lint  ## lint and all tests that need no compiler for another machine
 test-fast: .venv/.dev  ## tests that take seconds
 	.venv/bin/pytest $(parallel) -m "not slow and not compile"
 
-test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: all but parity and slow; compile for H200 and TPU
-	.venv-next/bin/pytest $(parallel) -m "not torch and not slow" --ignore tests/parity
+test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: what they touch, without slow; compile for H200 and TPU
+	.venv-next/bin/pytest $(parallel) -m "not torch and not slow" --ignore tests/parity --ignore tests/cli --ignore tests/benchmarks
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled

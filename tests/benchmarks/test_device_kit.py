@@ -116,6 +116,7 @@ def test_dry_tuning_runs_every_candidate_and_names_no_winner(tmp_path: Path, cap
     assert {(line["note"], line["timing"]) for line in candidates} == {("dry", None)}
 
 
+@pytest.mark.slow
 def test_dry_training_steps_run_and_publish_no_figure(tmp_path: Path):
     assert main(["train", "--dry", "--out", str(tmp_path)]) == 0
     steps = json.loads((tmp_path / "train.json").read_text())["steps"]

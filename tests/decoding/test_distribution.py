@@ -70,11 +70,11 @@ def p_value(lm: LanguageModel, method: AR | ISD, params: SamplingParams) -> floa
 @pytest.mark.parametrize(
     "method",
     [
-        AR(),
+        pytest.param(AR(), marks=pytest.mark.slow),
         pytest.param(ISD(stride=2), marks=pytest.mark.slow),
         ISD(stride=3),
         pytest.param(ISD(stride=4), marks=pytest.mark.slow),
-        ISD(stride=3, proposals="argmax"),
+        pytest.param(ISD(stride=3, proposals="argmax"), marks=pytest.mark.slow),
         pytest.param(ISD(stride=4, proposals="argmax"), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -83,6 +83,7 @@ def test_samples_follow_the_causal_distribution(lm, method, params):
     assert p_value(lm, method, params) >= FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [PLAIN, FILTERED], ids=["plain", "top_k_top_p"])
 def test_the_official_rule_fails_the_same_test(lm, params):
     """Argmax proposals with a soft q sharpen towards the argmax; a test that let it pass would prove nothing."""

@@ -31,7 +31,7 @@ def ids(completions) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
 
 
-@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+@pytest.mark.parametrize("stride", [*(pytest.param(stride, marks=pytest.mark.slow) for stride in (2, 3, 8)), 4])
 @pytest.mark.parametrize("name", ["idlm", "r_isd"])
 def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
     lm = request.getfixturevalue(name)
@@ -57,7 +57,17 @@ def test_r_isd_equals_the_base_model_without_its_adapter(r_isd, idlm):
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("method", [AR(), ISD(stride=2), ISD(stride=4), ISD(stride=4, proposals="argmax")], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        ISD(stride=4),
+        *(
+            pytest.param(method, marks=pytest.mark.slow)
+            for method in (AR(), ISD(stride=2), ISD(stride=4, proposals="argmax"))
+        ),
+    ],
+    ids=str,
+)
 def test_compiled_loop_equals_python_loop_without_cache(r_isd, method, params):
     prompts = random_prompts(6, 12, 11, seed=2)
     requests = [dataclasses.replace(params, seed=index) for index in range(len(prompts))]
@@ -67,7 +77,7 @@ def test_compiled_loop_equals_python_loop_without_cache(r_isd, method, params):
         assert (completion.token_ids, completion.num_forwards) == (twin.token_ids, twin.num_forwards)
 
 
-@pytest.mark.parametrize("stride", [1, 2, 5, 16])
+@pytest.mark.parametrize("stride", [*(pytest.param(stride, marks=pytest.mark.slow) for stride in (1, 2, 16)), 5])
 def test_every_stride_decodes(idlm, stride):
     prompts = random_prompts(3, 9, 11, seed=4)
     assert ids(generate(idlm, prompts, ISD(stride=stride), GREEDY)) == ids(generate(idlm, prompts, AR(), GREEDY))
