@@ -50,6 +50,21 @@ def adapter_weights(config: ModelConfig) -> int:
     return config.num_layers * config.lora.rank * (ends + 3 * (config.hidden_size + config.mlp_size))
 
 
+def full_rows(rows: int, row_len: int) -> Work:
+    """The most that a batch can be: rows without padding, one document each, every token scored."""
+    tokens = float(rows * row_len)
+    return Work(tokens, tokens, tokens, tokens * (row_len + 1))
+
+
+def formula(config: ModelConfig, *, is_ar: bool) -> str:
+    """The count of `step_flops`, in the letters of this module's docstring, for people."""
+    if is_ar:
+        return "6 M T + 6 V D clean + 6 layers N H attended"
+    if config.lora is None:
+        return "12 M T + 6 V D (noisy + clean) + 12 layers N H attended"
+    return "(6 M + 6 A) T + V D (4 noisy + 2 clean) + 8 layers N H attended"
+
+
 def step_flops(config: ModelConfig, work: Work, *, is_ar: bool, has_divergence: bool) -> float:
     """Operations of one optimizer step; the formula is this module's docstring.
 

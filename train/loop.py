@@ -102,7 +102,7 @@ def run_training(
 
         span = config.span_of(done)
         compiled = _compile_step(config, span, start, state, report, mesh)
-        for line in describe_plan(config, report, state, compiled.memory_analysis(), mesh):
+        for line in describe_plan(config, report, start.config, state, compiled.memory_analysis(), mesh):
             echo(line)
         data = make_train_iterator(
             config.dataset.path,

@@ -20,7 +20,7 @@ from idlm_jax.qwen3_sizes import QWEN3_SIZES
 from pallas_kernels.bodies import choose_kernels
 from train.config import TrainConfig
 from train.data import read_report
-from train.flops import Work, recomputed_flops, step_flops
+from train.flops import full_rows, recomputed_flops, step_flops
 from train.initialize import abstract_start, trained_config
 from train.mesh import AXES, check_mesh, make_mesh, on_host, state_sharding
 from train.rows import abstract_batch
@@ -136,7 +136,7 @@ def make_plan(config: TrainConfig, target: str | None = None) -> Plan:
         )
     memory: Any = compiled.memory_analysis()
     tokens = config.batch_size * row_len
-    work = Work(tokens, tokens, tokens, config.batch_size * row_len * (row_len + 1))
+    work = full_rows(config.batch_size, row_len)
     span = config.spans[-1]
     is_ar = config.objective == "ar"
     return Plan(

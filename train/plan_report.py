@@ -6,15 +6,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from idlm_jax.config import ModelConfig
 from train.config import TrainConfig
 from train.curriculum import describe_span
 from train.data import DatasetReport
+from train.flops import formula, full_rows, step_flops
 from train.step import TrainState
+from train.targets import find_device
 
 
 def describe_plan(
     config: TrainConfig,
     report: DatasetReport,
+    model: ModelConfig,
     state: TrainState,
     memory: Any,
     mesh: Mesh | None,
@@ -24,6 +28,7 @@ def describe_plan(
     Args:
         config: the run.
         report: of its dataset.
+        model: what it trains.
         state: its arrays, wherever they lie.
         memory: the compiled step's own analysis.
         mesh: None on one device.
@@ -60,6 +65,15 @@ def describe_plan(
         f"plan       {config.steps:,} steps x {config.batch_size} rows = {config.steps * tokens:,} tokens "
         f"({tokens:,} per step, {epochs:.2f} epochs)"
     )
+    is_ar, span, device = config.objective == "ar", config.spans[-1], find_device(devices[0].device_kind)
+    flops = step_flops(
+        model,
+        full_rows(config.batch_size, row_len),
+        is_ar=is_ar,
+        has_divergence=bool(span.kl_weight or span.tv_weight),
+    )
+    peak = f"MFU is of {device.flops / 1e12:.0f} TFLOP/s a device" if device else "no peak is known, hence no MFU"
+    yield f"work       {formula(model, is_ar=is_ar)} = {flops:.3g} FLOP a full step (train/flops.py); {peak}"
     if config.objective == "introspective":
         for span in config.spans:
             yield f"stage {span.number}    {describe_span(span)}"

@@ -93,11 +93,14 @@ def test_tensorboard_receives_the_same_numbers(ar_run):
 
 def test_the_plan_comes_first_and_names_sizes(ar_run):
     _, _, lines, _ = ar_run
-    plan = "\n".join(lines[:6])
-    assert lines[0].startswith("run") and lines[6].startswith("step 1/9")
+    plan = "\n".join(lines[:7])
+    assert lines[0].startswith("run") and lines[7].startswith("step 1/9")
     assert "9 steps x 4 rows = 1,152 tokens" in plan
     # 300 x 16 embedding, two layers of 2 x 16 x 16 + 2 x 16 x 8 attention, 3 x 16 x 24 mlp and norms, final norm.
     assert f"parameters {300 * 16 + 2 * (768 + 1152 + 48) + 16:,}" in plan
+    tokens, weights, pairs = 4 * 32, 2 * (768 + 1152), 4 * 32 * 33
+    flops = 6 * weights * tokens + 6 * 300 * 16 * tokens + 6 * 2 * 16 * pairs
+    assert f"6 M T + 6 V D clean + 6 layers N H attended = {flops:.3g} FLOP a full step" in plan
 
 
 def test_a_finished_run_trains_no_further(ar_run):
