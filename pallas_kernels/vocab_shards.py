@@ -33,6 +33,16 @@ def log_sum_exp(logits: Float[Array, "I V"], axis: str | None) -> Float[Array, "
     return top + jnp.log(jax.lax.psum(jnp.exp(lse - top), axis))
 
 
+def log_softmax(logits: Float[Array, "I V"], axis: str | None) -> Float[Array, "I V"]:
+    """This device's columns of the logarithm of the softmax over the whole vocabulary."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    if axis is not None:
+        top = jax.lax.pmax(top, axis)
+    # Not `logits - log_sum_exp`: of large logits, that difference has lost the digits that probabilities need.
+    shifted = logits - top
+    return shifted - jnp.log(total(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True), axis))
+
+
 def equal_trips(num_tiles: Int[Array, ""], axis: str | None) -> Int[Array, ""]:
     """A trip count that all devices of the mesh share: a loop with collectives must be run in step.
 

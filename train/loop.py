@@ -91,8 +91,8 @@ def run_training(
     with exclusive(config), open_checkpoints(config) as checkpoints:
         report = _prepare_dataset(config)
         mesh = make_mesh(config.mesh, jax.devices())
-        rows = local_rows(mesh, config.batch_size)
         start = _start(config, report, mesh)
+        rows = local_rows(mesh, config.batch_size)
         state, done = _initial_state(config, start, mesh), 0
         if checkpoints.latest_step:
             state, done = _restore(checkpoints, state, None, echo)

@@ -32,23 +32,32 @@ class Counts(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities at each position under the causal distribution, before temperature and filters."""
+    """Log-probabilities of tokens under the causal distribution, before temperature and filters."""
 
     chosen: Float[Array, "B S"]
     top_ids: Int[Array, "B S A"]  # A likeliest alternatives
     top: Float[Array, "B S A"]
 
 
+class Committed(NamedTuple):
+    """What one forward added to each request."""
+
+    tokens: Int[Array, "B C"]  # only the first `num_tokens` count
+    num_tokens: Int[Array, " B"]  # 0 for a slot that does not run
+    logprobs: Logprobs | None  # of the C tokens; None if the plan reports none
+
+
 class DecodeState(NamedTuple):
     """A batch in flight. S is the capacity; positions are absolute and 0-based.
 
-    The pending token of slot b is `tokens[b, context_len[b]]`: committed, its keys and values not yet written.
+    The pending token of slot b stands at position `context_len[b]`: committed, its keys and values not yet written.
     Cache slots [0, context_len) belong to the request; anything behind is stale. Slots exist for every row that a
     forward may write, so the page table covers a window more than S.
     """
 
-    tokens: Int[Array, "B S"]  # prompt and committed tokens
-    logprobs: Logprobs | None  # None if the plan reports none
+    tokens: Int[Array, "B S"]  # prompt and committed tokens; S = 0 for an owner that keeps them elsewhere
+    logprobs: Logprobs | None  # at the positions of `tokens`; None if the plan reports none
+    pending: Int[Array, " B"]
     context_len: Int[Array, " B"]
     end: Int[Array, " B"]  # first position that must stay empty: prompt length + max_tokens
     stop_ids: Int[Array, "B E"]  # padded with -1
@@ -71,11 +80,25 @@ def initial_state(
     end: Int[np.ndarray, " B"],
     stop_ids: Int[np.ndarray, "B E"],
     sampling: Sampling,
+    paging: tuple[Int[Array, "B pages"], KVCache] | None = None,
 ) -> DecodeState:
-    """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done."""
+    """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done.
+
+    Args:
+        config: of the model.
+        plan: of the forwards to come.
+        tokens: the prompts, padded; none at all (S = 0) for an owner that feeds them chunk by chunk.
+        prompt_len: tokens of each prompt.
+        end: first position of each request that must stay empty.
+        stop_ids: padded with -1.
+        sampling: of each request.
+        paging: page table and pool; by default a pool cut into one equal stretch per request.
+    """
     batch, capacity = tokens.shape
     num_masks = plan.num_masks
-    pages_per_request = -(-(capacity + 2 * num_masks) // PAGE_SIZE)  # the last window starts inside the capacity
+    if paging is None:
+        pages_per_request = -(-(capacity + 2 * num_masks) // PAGE_SIZE)  # the last window starts inside the capacity
+        paging = contiguous_pages(batch, pages_per_request), empty_cache(config, batch * pages_per_request)
     is_idle = jnp.asarray(end) <= jnp.asarray(prompt_len)
 
     def zeros(*shape: int, dtype: type = jnp.int32) -> Array:
@@ -95,6 +118,7 @@ def initial_state(
     return DecodeState(
         tokens=jnp.asarray(tokens),
         logprobs=logprobs,
+        pending=zeros(),  # the prefill commits the first
         context_len=jnp.asarray(prompt_len) - 1,
         end=jnp.asarray(end),
         stop_ids=jnp.asarray(stop_ids),
@@ -111,6 +135,6 @@ def initial_state(
             accepted=zeros(num_masks),
             accept_prob=zeros(num_masks, dtype=jnp.float32),
         ),
-        page_table=contiguous_pages(batch, pages_per_request),
-        cache=empty_cache(config, batch * pages_per_request),
+        page_table=paging[0],
+        cache=paging[1],
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.decoding.method import StepPlan
-from idlm_jax.decoding.state import Counts, DecodeState, Finish, Logprobs
+from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, Logprobs
 from idlm_jax.decoding.window import build_window
 from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.transformer import Qwen3
@@ -21,40 +21,65 @@ from pallas_kernels.verify import Verdict, draft, verify
 def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) -> DecodeState:
     """Reads the prompts, commits each one's first token and drafts behind it, so no decode step starts cold.
 
-    Every prompt is followed by its MASKs at once, so strict causality is all the attention there is; what follows
-    them is padding that nobody sees, in slots that the next forward overwrites.
-
     Args:
         module: the model.
         plan: static description of the step.
         state: fresh from `initial_state`.
         num_rows: static length of the padded prompts.
     """
-    prompt_len = (state.context_len + 1)[:, None]
-    index = jnp.arange(num_rows + plan.num_masks, dtype=jnp.int32)[None]
-    is_mask = (index >= prompt_len) & (index < prompt_len + plan.num_masks)
-    prompts = jnp.pad(state.tokens[:, :num_rows], ((0, 0), (0, plan.num_masks)))
+    page_table = state.page_table
+    num_pages = -(-(num_rows + plan.num_masks) // state.cache.page_size)  # nothing stands behind these yet
     start = jnp.zeros_like(state.context_len)
-    num_pages = -(-index.shape[1] // state.cache.page_size)
+    state, committed = prefill_chunk(
+        module, plan, state._replace(page_table=page_table[:, :num_pages]), state.tokens[:, :num_rows], start
+    )
+    return record(state._replace(page_table=page_table), committed)
+
+
+def prefill_chunk(
+    module: Qwen3, plan: StepPlan, state: DecodeState, tokens: Int[Array, "B R"], start: Int[Array, " B"]
+) -> tuple[DecodeState, Committed]:
+    """Reads stretches of prompts, each behind what is already in its pages; a running slot's stretch ends its prompt.
+
+    The last token of a stretch stands at `context_len`. Every stretch is followed by its MASKs at once, so strict
+    causality is all the attention there is; what follows them is padding that nobody sees, in slots that the next
+    forward overwrites. A running slot commits its first token and drafts; for a slot that does not run the stretch is
+    only written to its pages.
+
+    Args:
+        module: the model.
+        plan: static description of the step.
+        state: `context_len` and `finish` say where each stretch ends and whether the prompt does.
+        tokens: padded stretches.
+        start: position of each one's first token.
+    """
+    num_tokens = (state.context_len + 1 - start)[:, None]
+    index = jnp.arange(tokens.shape[1] + plan.num_masks, dtype=jnp.int32)[None]
+    is_mask = (index >= num_tokens) & (index < num_tokens + plan.num_masks)
+    padded = jnp.pad(tokens, ((0, 0), (0, plan.num_masks)))
     hidden, cache = module.hidden_states(
-        jnp.where(is_mask, plan.mask_token_id, prompts),
-        jnp.broadcast_to(index, is_mask.shape),
-        paged_attend(state.page_table[:, :num_pages], start, None, module.config.kernels),
+        jnp.where(is_mask, plan.mask_token_id, padded),
+        start[:, None] + index,
+        paged_attend(state.page_table, start, None, module.config.kernels),
         carried=state.cache,
         lora_gate=is_mask,
     )
     # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
-    rows = state.context_len[:, None] + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
+    rows = num_tokens - 1 + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
     used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), used, start[:, None])
+    return _commit_and_draft(module, plan, state._replace(cache=cache), used, jnp.zeros_like(num_tokens))
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
     """One forward for every running slot; finished slots are computed along and left as they are."""
-    pending = jnp.take_along_axis(state.tokens, state.context_len[:, None], axis=1)
+    return record(*decode_window(module, plan, state))
+
+
+def decode_window(module: Qwen3, plan: StepPlan, state: DecodeState) -> tuple[DecodeState, Committed]:
+    """`decode_step` for an owner that keeps the committed tokens itself."""
     group_prefix = state.num_proposals[:, None]  # one group, behind the last draft
     window = build_window(
-        jnp.concatenate([pending, state.proposals], axis=1),
+        jnp.concatenate([state.pending[:, None], state.proposals], axis=1),
         state.num_proposals + 1,
         state.context_len,
         group_prefix,
@@ -78,7 +103,7 @@ def _commit_and_draft(
     state: DecodeState,
     hidden: Float[Array, "B W D"],
     group_prefix: Int[Array, "B P"],
-) -> DecodeState:
+) -> tuple[DecodeState, Committed]:
     """Turns hidden states into committed tokens and new proposals.
 
     Args:
@@ -112,9 +137,16 @@ def _commit_and_draft(
     num_committed, finish = _how_many(state, candidates, verdict.accepted_len)
     is_running = state.finish == Finish.RUNNING
     counts = _count(state, verdict, num_committed, is_running)
-    state = _write_tokens(state, plan, anchor_logits, candidates, num_committed)
-    state = state._replace(context_len=state.context_len + num_committed, finish=finish, counts=counts)
-    return _draft(module, plan, state, logits[:, num_anchors:], group_prefix, verdict.accepted_len)
+    last = jnp.take_along_axis(candidates, jnp.maximum(num_committed - 1, 0)[:, None], axis=1)[:, 0]
+    state = state._replace(
+        pending=jnp.where(num_committed > 0, last, state.pending),
+        context_len=state.context_len + num_committed,
+        finish=finish,
+        counts=counts,
+    )
+    committed = Committed(candidates, num_committed, _logprobs_of(plan, anchor_logits, candidates))
+    state = _draft(module, plan, state, logits[:, num_anchors:], group_prefix, verdict.accepted_len)
+    return state, committed
 
 
 def _options(module: Qwen3, plan: StepPlan) -> dict[str, Any]:
@@ -171,30 +203,33 @@ def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"]
     )
 
 
-def _write_tokens(
-    state: DecodeState,
-    plan: StepPlan,
-    anchor_logits: Float[Array, "B C V"],
-    candidates: Int[Array, "B C"],
-    num_committed: Int[Array, " B"],
-) -> DecodeState:
-    """Puts committed tokens, and their log-probabilities if the plan reports any, at their absolute positions."""
-    rows, depths = candidates.shape
-    depth = jnp.arange(depths, dtype=jnp.int32)[None]
-    # One past the end is dropped: the way to write nothing with a fixed shape.
-    at = jnp.where(depth < num_committed[:, None], state.context_len[:, None] + 1 + depth, state.tokens.shape[1])
-    slot = jnp.broadcast_to(jnp.arange(rows)[:, None], at.shape)
-    state = state._replace(tokens=state.tokens.at[slot, at].set(candidates, mode="drop"))
-    if state.logprobs is None or plan.num_top_logprobs is None:
-        return state
+def _logprobs_of(
+    plan: StepPlan, anchor_logits: Float[Array, "B C V"], candidates: Int[Array, "B C"]
+) -> Logprobs | None:
+    """Log-probabilities of the candidates and of the likeliest ids in their places, if the plan reports any."""
+    if plan.num_top_logprobs is None:
+        return None
     is_mask_id = jnp.arange(anchor_logits.shape[2])[None, None] == plan.mask_token_id
     log_probs = jax.nn.log_softmax(jnp.where(is_mask_id, -jnp.inf, anchor_logits), axis=-1)
     chosen = jnp.take_along_axis(log_probs, candidates[..., None], axis=-1)[..., 0]
     top, top_ids = jax.lax.top_k(log_probs, plan.num_top_logprobs)
-    recorded = Logprobs(
-        state.logprobs.chosen.at[slot, at].set(chosen, mode="drop"),
-        state.logprobs.top_ids.at[slot, at].set(top_ids, mode="drop"),
-        state.logprobs.top.at[slot, at].set(top, mode="drop"),
+    return Logprobs(chosen, top_ids, top)
+
+
+def record(state: DecodeState, committed: Committed) -> DecodeState:
+    """Puts what a forward committed, and its log-probabilities if there are any, at their absolute positions."""
+    rows, depths = committed.tokens.shape
+    depth = jnp.arange(depths, dtype=jnp.int32)[None]
+    num_tokens = committed.num_tokens[:, None]
+    first = state.context_len[:, None] + 1 - num_tokens
+    # One past the end is dropped: the way to write nothing with a fixed shape.
+    at = jnp.where(depth < num_tokens, first + depth, state.tokens.shape[1])
+    slot = jnp.broadcast_to(jnp.arange(rows)[:, None], at.shape)
+    state = state._replace(tokens=state.tokens.at[slot, at].set(committed.tokens, mode="drop"))
+    if state.logprobs is None or committed.logprobs is None:
+        return state
+    recorded = jax.tree.map(
+        lambda buffer, new: buffer.at[slot, at].set(new, mode="drop"), state.logprobs, committed.logprobs
     )
     return state._replace(logprobs=recorded)
 
@@ -219,7 +254,10 @@ def _draft(
         chosen, state.sampling, state.context_len + 1, argmax=plan.argmax_proposals, **_options(module, plan)
     )
     if plan.keeps_proposal_logits:
-        state = state._replace(proposal_logits=chosen, proposal_stats=stats)
+        state = state._replace(proposal_logits=chosen)
+    if state.proposal_stats is not None:
+        # Also in a step of greedy requests alone: in a later step that draws for others, these are their point masses.
+        state = state._replace(proposal_stats=stats)
     has_drafts = jnp.any(matches, axis=1) & (state.finish == Finish.RUNNING)
     return state._replace(proposals=proposals, num_proposals=jnp.where(has_drafts, plan.num_masks, 0).astype(jnp.int32))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.row_tiles import compact, put, take, tile_index
-from pallas_kernels.vocab_shards import equal_trips, first_id, log_sum_exp, total
+from pallas_kernels.vocab_shards import equal_trips, first_id, log_softmax, total
 
 Residuals = tuple[Float[Array, "R D"], Float[Array, "R D"], Float[Array, "V D"], Float[Array, " R"]]
 
@@ -101,8 +101,7 @@ def _log_probs(
     tile_hidden: Float[Array, "I D"], weight: Float[Array, "V D"], excluded_id: int, vocab_axis: str | None
 ) -> Float[Array, "I V"]:
     logits = jnp.einsum("ID,VD->IV", tile_hidden, weight, preferred_element_type=jnp.float32)
-    logits = jnp.where(_is_excluded(logits, excluded_id, vocab_axis), -jnp.inf, logits)
-    return logits - log_sum_exp(logits, vocab_axis)[:, None]
+    return log_softmax(jnp.where(_is_excluded(logits, excluded_id, vocab_axis), -jnp.inf, logits), vocab_axis)
 
 
 def _is_excluded(logits: Float[Array, "I V"], excluded_id: int, vocab_axis: str | None) -> Array:

@@ -1,0 +1,109 @@
+"""Sizes and choices of one engine, fixed at start-up because programs are compiled for them."""
+
+import dataclasses
+
+from idlm_jax.config import ModelConfig
+from idlm_jax.decoding.generate import bucket
+from idlm_jax.decoding.method import ISD, Method
+from idlm_jax.model.kv_cache import PAGE_SIZE
+from serve.requests import Limits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine is built for.
+
+    Attributes:
+        method: `ISD(stride=N)` or `AR()`, for all requests.
+        max_running: requests that run at once; the rest waits.
+        num_pages: pages of the KV pool.
+        page_size: tokens per page. The kernels are tuned for the default.
+        max_len: longest request, prompt and completion; the model's own limit if None.
+        decode_batches: batch sizes to compile; by default powers of two up to `max_running`.
+        chunk_rows: most prompt tokens that a step reads: of one prompt, or of several short ones together.
+        prefill_shapes: (requests, rows) to compile; by default powers of two whose product is at most `chunk_rows`.
+        max_step_rows: query rows of one step, decode windows and chunk together; by default no limit but the two.
+        max_queued: waiting requests before more are refused.
+        max_stop_ids: stop ids of one request, the model's end-of-sequence ids included.
+        max_logprobs: most alternatives per token that a request may ask for; None: no log-probabilities are served.
+        specialised: also compile programs for steps whose requests are all greedy, or use neither top-k nor top-p.
+            They are faster, not different.
+        caches_prefixes: keep the pages of finished requests for later ones that begin alike.
+    """
+
+    method: Method = dataclasses.field(default_factory=ISD)
+    max_running: int = 32
+    num_pages: int = 1024
+    page_size: int = PAGE_SIZE
+    max_len: int | None = None
+    decode_batches: tuple[int, ...] = ()
+    chunk_rows: int = 512
+    prefill_shapes: tuple[tuple[int, int], ...] = ()
+    max_step_rows: int | None = None
+    max_queued: int = 1024
+    max_stop_ids: int = 8
+    max_logprobs: int | None = None
+    specialised: bool = True
+    caches_prefixes: bool = True
+
+    def __post_init__(self) -> None:
+        for name in "max_running page_size chunk_rows max_queued max_stop_ids".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_pages < 2:
+            raise ValueError(f"{self.num_pages=} must be at least 2: one page is never given to a request")
+        if self.max_len is not None and self.max_len < 2:
+            raise ValueError(f"{self.max_len=} must be at least 2")
+        if self.max_logprobs is not None and not 0 <= self.max_logprobs <= 20:
+            raise ValueError(f"{self.max_logprobs=} must be None or lie in 0..20")
+        if self.decode_batches and max(self.decode_batches) != self.max_running:
+            raise ValueError(f"{self.decode_batches=} must end at {self.max_running=}")
+        if self.prefill_shapes and not any(requests == 1 for requests, _ in self.prefill_shapes):
+            raise ValueError(f"{self.prefill_shapes=} must hold a shape for one request")
+
+    @property
+    def stride(self) -> int:
+        return self.method.num_masks + 1
+
+    @property
+    def decode_buckets(self) -> tuple[int, ...]:
+        """Batch sizes of the decode programs, ascending."""
+        if self.decode_batches:
+            return tuple(sorted(self.decode_batches))
+        powers = (1 << exponent for exponent in range((self.max_running - 1).bit_length()))
+        return (*powers, self.max_running)
+
+    def limits(self, model: ModelConfig) -> Limits:
+        """The sizes that the scheduler plans within.
+
+        Raises:
+            ValueError: `max_len` exceeds the model's positions.
+        """
+        max_len = model.max_position if self.max_len is None else self.max_len
+        if max_len > model.max_position:
+            raise ValueError(f"{self.max_len=} exceeds the model's {model.max_position} positions")
+        shapes = self.prefill_shapes or _prefill_shapes(self.chunk_rows, self.max_running)
+        widest = max(requests * rows for requests, rows in shapes)
+        return Limits(
+            num_slots=self.max_running,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            stride=self.stride,
+            max_len=max_len,
+            prefill_shapes=shapes,
+            max_step_rows=self.max_step_rows or self.max_running * (2 * self.stride - 1) + widest,
+            max_queued=self.max_queued,
+            caches_prefixes=self.caches_prefixes,
+        )
+
+
+def _prefill_shapes(chunk_rows: int, max_running: int) -> tuple[tuple[int, int], ...]:
+    """Powers of two, fewer requests for longer stretches; 64 rows at least unless the chunk is shorter."""
+    longest = bucket(chunk_rows, smallest=1)
+    rows = [longest >> shift for shift in range(longest.bit_length()) if longest >> shift >= min(64, longest)]
+    return tuple(
+        (1 << exponent, each)
+        for each in rows
+        for exponent in range(max_running.bit_length())
+        if (1 << exponent) * each <= longest
+    )

@@ -1,0 +1,376 @@
+"""The engine: one thread that plans a step, launches it, and reads the one before while the device computes.
+
+The committed length that the scheduler knows, the pages it has given out and the device's `context_len` move together:
+the device may be ahead by what is in flight, which the scheduler has reserved for; it is never behind.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from idlm_jax.decoding.prompts import Prompt, encode_prompt
+from idlm_jax.decoding.sampling import SamplingParams
+from idlm_jax.decoding.state import Finish
+from idlm_jax.model.language_model import LanguageModel
+from serve.config import EngineConfig
+from serve.device import Device, Draws, Progress
+from serve.handle import EngineError, FinishReason, Piece, RequestHandle
+from serve.packing import (
+    Outcome,
+    Tally,
+    layout_of,
+    no_tally,
+    pack_chunks,
+    pack_windows,
+    sampling_words,
+    unpack_logprobs,
+    unpack_outcome,
+)
+from serve.requests import Chunk, Phase, QueueFull, Request, Step, Window
+from serve.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+REASONS: dict[int, FinishReason | None] = {Finish.RUNNING: None, Finish.STOP: "stop", Finish.LENGTH: "length"}
+
+
+@runtime_checkable  # beartype checks every hint when the tests run
+class ReadLater(Protocol):
+    """An array that may still be computed; numpy waits for it."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Runs(Protocol):
+    """What the engine asks of a device; `Device` is the real one."""
+
+    def decode(self, words: np.ndarray, draws: Draws) -> ReadLater: ...
+    def prefill(self, words: np.ndarray, draws: Draws) -> ReadLater: ...
+    def reset(self) -> None: ...
+
+
+class Launched(NamedTuple):
+    """A step on the device."""
+
+    step: Step
+    windows: ReadLater | None
+    chunks: ReadLater | None
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """Where the engine stands, and what it has done since it started.
+
+    Attributes:
+        num_running: requests with a slot.
+        num_waiting: requests without one.
+        num_free_pages: pages that could be handed out now, those of the prefix cache included.
+        num_cached_pages: pages that only the prefix cache holds.
+        num_steps: steps launched.
+        num_decode_forwards: decode programs run, one per step at most.
+        num_prefill_forwards: prefill programs run.
+        num_committed: tokens committed and delivered.
+        finished: requests by reason.
+        num_preemptions: slots taken away for lack of pages.
+        num_prompt_tokens: prompt tokens of admitted requests; those read again after a preemption count again.
+        num_cached_tokens: how many of them the prefix cache had.
+        tally: statistics of all requests, ended or running; forwards are counted per request.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_free_pages: int
+    num_cached_pages: int
+    num_steps: int
+    num_decode_forwards: int
+    num_prefill_forwards: int
+    num_committed: int
+    finished: dict[FinishReason, int]
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    tally: Tally
+
+
+class Engine:
+    """Continuous batching of one model. `submit`, `stats` and `close` may be called from any thread."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        config: EngineConfig,
+        *,
+        progress: Progress | None = None,
+        device: Runs | None = None,
+        after_step: Callable[[Scheduler], None] | None = None,
+    ):
+        """Compiles everything and starts the thread.
+
+        Args:
+            lm: the model.
+            config: sizes and choices.
+            progress: called after each compiled program.
+            device: what runs the steps; compiled for `lm` if None. For tests and measurements.
+            after_step: called in the engine's thread after each step; an exception counts as one of the step.
+
+        Raises:
+            ValueError: the sizes do not fit the model, or ISD is asked of a model without a MASK id.
+        """
+        limits = config.limits(lm.config)
+        self._lm, self._config = lm, config
+        self._layout = layout_of(limits, config.max_stop_ids)
+        self._scheduler = Scheduler(limits)
+        self._device: Runs = Device(lm, config, progress) if device is None else device
+        self._after_step = after_step
+        self._handles: dict[int, RequestHandle] = {}
+        self._no_tally = no_tally(self._layout.num_masks)
+        self._ended = self._no_tally
+        self._finished: Counter[FinishReason] = Counter()
+        self._num_steps = self._num_decodes = self._num_prefills = self._num_committed = 0
+        # Between callers and the engine's thread, under `_wake`: requests to add or, with False, to abort.
+        self._wake = threading.Condition()
+        self._inbox: list[tuple[RequestHandle, bool]] = []
+        self._num_arriving = 0
+        self._flushes = False
+        self._closing: Literal["drain", "abort"] | None = None
+        self._broken: str | None = None
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, *, deliver: Callable[[Piece], None] | None = None
+    ) -> RequestHandle:
+        """Queues a request.
+
+        Args:
+            prompt: token ids, or text if the model has a tokenizer.
+            sampling: what it wants; greedy by default.
+            deliver: takes each piece, in the engine's thread, so it must only pass it on; by default pieces wait in
+                the handle, to be iterated.
+
+        Raises:
+            ValueError: the prompt or the parameters are out of bounds.
+            QueueFull: too many requests are waiting.
+            EngineError: the engine is closed.
+        """
+        params = SamplingParams() if sampling is None else sampling
+        ids = encode_prompt(self._lm, prompt, 0)
+        if params.logprobs is not None:
+            most = self._config.max_logprobs
+            if most is None or params.logprobs > most:
+                allowed = "no log-probabilities" if most is None else f"at most {most} alternatives"
+                raise ValueError(f"{params.logprobs=}: this engine reports {allowed}")
+        stop_ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self._lm.config.eos_token_ids)})
+        if len(stop_ids) > self._layout.num_stop_ids:
+            raise ValueError(f"{len(stop_ids)} stop ids, but at most {self._layout.num_stop_ids} fit")
+        self._scheduler.check_fits(len(ids), params.max_tokens)
+        request = Request(ids, params.max_tokens)
+        words = sampling_words(self._layout, params, request.end, stop_ids)
+        handle = RequestHandle(request, params, words, self._ask_abort, deliver, self._no_tally)
+        with self._wake:
+            if self._closing or self._broken:
+                raise EngineError(self._broken or "the engine is closed")
+            num_waiting = len(self._scheduler.waiting) + self._num_arriving
+            if num_waiting >= self._config.max_queued:
+                raise QueueFull(f"{num_waiting} requests are waiting, the most allowed")
+            self._num_arriving += 1
+            self._inbox.append((handle, True))
+            self._wake.notify()
+        return handle
+
+    def stats(self) -> EngineStats:
+        """A snapshot, possibly of different moments within a step."""
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + self._num_arriving,
+            num_free_pages=scheduler.pool.num_available,
+            num_cached_pages=scheduler.pool.num_cached,
+            num_steps=self._num_steps,
+            num_decode_forwards=self._num_decodes,
+            num_prefill_forwards=self._num_prefills,
+            num_committed=self._num_committed,
+            finished=dict(self._finished),
+            num_preemptions=scheduler.num_preemptions,
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            tally=sum((handle.tally for handle in list(self._handles.values())), self._ended),
+        )
+
+    def flush_cache(self) -> None:
+        """Forgets all cached prefixes, at the next step."""
+        with self._wake:
+            self._flushes = True
+            self._wake.notify()
+
+    def close(self, *, drain: bool = True) -> None:
+        """Refuses new requests, finishes those that are there, or aborts them, and ends the thread."""
+        with self._wake:
+            self._closing = "drain" if drain else "abort"
+            self._wake.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(drain=exception[0] is None)
+
+    def _ask_abort(self, handle: RequestHandle) -> None:
+        with self._wake:
+            self._inbox.append((handle, False))
+            self._wake.notify()
+
+    def _work(self) -> None:
+        """The engine's thread. Nobody may wait for ever because it ended."""
+        try:
+            self._loop()
+        except Exception as error:
+            logger.exception("the engine failed and is closed")
+            self._break(f"the engine failed: {type(error).__name__}: {error}")
+
+    def _loop(self) -> None:
+        before: Launched | None = None
+        while self._broken is None:
+            with self._wake:
+                while before is None and self._scheduler.is_idle:
+                    if self._inbox or self._flushes or self._closing:
+                        break
+                    self._wake.wait()
+                inbox, self._inbox, self._num_arriving = self._inbox, [], 0
+                flushes, self._flushes = self._flushes, False
+                for handle, is_new in inbox:
+                    if is_new:
+                        self._handles[handle.request.number] = handle
+                        self._scheduler.waiting.append(handle.request)
+                closing = self._closing
+            for handle, is_new in inbox:
+                if not is_new:
+                    self._drop(handle, Piece([], "abort"))
+            if flushes:
+                self._scheduler.pool.forget()
+            if closing == "abort":
+                for handle in list(self._handles.values()):
+                    self._drop(handle, Piece([], "abort"))
+            if closing and before is None and self._scheduler.is_idle:
+                return
+            before = self._step(before)
+
+    def _step(self, before: Launched | None) -> Launched | None:
+        """Launches a step and reads the one before it. An exception fails the requests that have a slot, no others."""
+        try:
+            launched = self._launch()
+            if before is not None:
+                self._read(before)
+            elif launched is None and not self._scheduler.is_idle:
+                raise RuntimeError("requests are left and there is nothing to compute")
+            if self._after_step is not None:
+                self._after_step(self._scheduler)
+            return launched
+        except Exception as error:
+            logger.exception("a step failed; the requests in it fail with it")
+            self._recover(error)
+            return None
+
+    def _recover(self, error: Exception) -> None:
+        """Starts over with an idle device: its state went into the failed step, and so did all cached prefixes."""
+        message = f"a step failed: {type(error).__name__}: {error}"
+        for handle in list(self._handles.values()):
+            if handle.request.phase is not Phase.WAITING:
+                self._drop(handle, Piece([], "error", message))
+        self._scheduler.pool.forget()
+        try:
+            self._device.reset()
+        except Exception as second:
+            logger.exception("the device does not come back; the engine is closed")
+            self._break(f"{message}; and the device does not come back: {type(second).__name__}: {second}")
+
+    def _break(self, message: str) -> None:
+        """Refuses newcomers from now on and fails everybody who is left."""
+        with self._wake:
+            self._broken = message
+            self._handles |= {handle.request.number: handle for handle, is_new in self._inbox if is_new}
+            self._inbox, self._num_arriving = [], 0
+        self._scheduler = Scheduler(self._scheduler.limits)
+        for handle in list(self._handles.values()):
+            self._end(handle, Piece([], "error", message))
+
+    def _drop(self, handle: RequestHandle, last: Piece) -> None:
+        """Ends a request before its time, unless it has ended already."""
+        if self._handles.get(handle.request.number) is handle:
+            self._scheduler.abort(handle.request)
+            self._end(handle, last)
+
+    def _end(self, handle: RequestHandle, last: Piece) -> None:
+        assert last.finish_reason is not None
+        del self._handles[handle.request.number]
+        self._ended += handle.tally
+        self._finished[last.finish_reason] += 1
+        self._deliver(handle, last)
+
+    def _deliver(self, handle: RequestHandle, piece: Piece) -> None:
+        try:
+            handle.deliver(piece)
+        except Exception:
+            # A caller who cannot take his tokens must not stop those of others.
+            logger.exception("request %d: its tokens cannot be delivered", handle.request.number)
+            if piece.finish_reason is None:
+                self._drop(handle, Piece([], "abort"))
+
+    def _launch(self) -> Launched | None:
+        step = self._scheduler.plan()
+        if step is None:
+            return None
+        self._num_steps += 1
+        windows = chunks = None
+        if step.windows:
+            self._num_decodes += 1
+            batch = next(size for size in self._config.decode_buckets if size >= len(step.windows))
+            words = pack_windows(self._layout, step.windows, batch)
+            windows = self._device.decode(words, self._draws(step.windows))
+        if step.chunks:
+            self._num_prefills += 1
+            fixed = [self._handles[chunk.request.number].fixed_words for chunk in step.chunks]
+            words = pack_chunks(self._layout, step.chunks, fixed, step.prefill_shape)
+            chunks = self._device.prefill(words, self._draws(step.chunks))
+        return Launched(step, windows, chunks)
+
+    def _draws(self, planned: Sequence[Window | Chunk]) -> Draws:
+        return max(self._handles[each.request.number].draws for each in planned)
+
+    def _read(self, launched: Launched) -> None:
+        """Waits for a step and hands out what it committed; parts whose request has lost its slot are nobody's."""
+        if launched.windows is not None:
+            outcomes = unpack_outcome(self._layout, np.asarray(launched.windows), self._config.stride)
+            for window, outcome in zip(launched.step.windows, outcomes, strict=False):
+                if not window.is_void:
+                    self._commit(window.request, outcome)
+        if launched.chunks is not None:
+            outcomes = unpack_outcome(self._layout, np.asarray(launched.chunks), 1)
+            for chunk, outcome in zip(launched.step.chunks, outcomes, strict=False):
+                if not chunk.is_void:
+                    self._scheduler.read_chunk(chunk)
+                    self._handles[chunk.request.number].num_extra_forwards += not chunk.is_last
+                    if chunk.commits:
+                        self._commit(chunk.request, outcome)
+
+    def _commit(self, request: Request, outcome: Outcome) -> None:
+        handle = self._handles[request.number]
+        handle.count(outcome.tally)
+        reason = REASONS[outcome.finish]
+        num_top = handle.params.logprobs
+        piece = Piece(outcome.tokens, reason, logprobs=None if num_top is None else unpack_logprobs(outcome, num_top))
+        self._num_committed += len(outcome.tokens)
+        self._scheduler.read_forward(
+            request, outcome.tokens, has_drafts=outcome.has_drafts, is_finished=reason is not None
+        )
+        if reason is None:
+            self._deliver(handle, piece)
+        else:
+            self._end(handle, piece)

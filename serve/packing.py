@@ -1,0 +1,244 @@
+"""How a step travels: one int32 array to the device per program, one back. Both ends of each layout stand together."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from idlm_jax.decoding.generate import TokenLogprob
+from idlm_jax.decoding.sampling import SamplingParams
+from idlm_jax.decoding.state import Committed, DecodeState
+from pallas_kernels.verify import Sampling
+from serve.requests import Chunk, Limits, Window
+
+# Words of a prefill row before its stop ids, page table and tokens.
+_PLACE = 6  # slot, start, number of tokens, whether it commits or is restored, restored token or -1, has drafts
+_SAMPLING = 5  # end, top_k, seed, temperature, top_p
+
+
+class Layout(NamedTuple):
+    """Sizes that both ends agree on."""
+
+    num_masks: int
+    num_stop_ids: int
+    table_width: int  # pages that a request's table has room for
+    max_new_pages: int  # that one window may add to it
+    idle_slot: int  # where the rows of a batch live that nobody uses
+
+
+def layout_of(limits: Limits, num_stop_ids: int) -> Layout:
+    """The layout for a scheduler with these limits."""
+    num_masks = limits.stride - 1
+    # A padded chunk may start at the last token of the longest prompt, and is written to some page all the same.
+    last_slot = limits.max_len + max(rows for _, rows in limits.prefill_shapes) + limits.window_len
+    return Layout(
+        num_masks=num_masks,
+        num_stop_ids=num_stop_ids,
+        table_width=-(-last_slot // limits.page_size),
+        max_new_pages=-(-2 * limits.stride // limits.page_size) + 1,
+        idle_slot=limits.num_slots,
+    )
+
+
+def decode_words(layout: Layout) -> int:
+    """Width of a decode row."""
+    return 2 + layout.max_new_pages
+
+
+def prefill_words(layout: Layout, rows: int) -> int:
+    """Width of a prefill row with `rows` tokens."""
+    return _PLACE + _SAMPLING + layout.num_stop_ids + layout.table_width + rows
+
+
+def sampling_words(layout: Layout, params: SamplingParams, end: int, stop_ids: Sequence[int]) -> np.ndarray:
+    """The part of a prefill row that a request never changes."""
+    words = np.full(_SAMPLING + layout.num_stop_ids, -1, np.int32)
+    words[:2] = end, params.top_k
+    words[2:3].view(np.uint32)[0] = params.seed
+    words[3:5].view(np.float32)[:] = params.temperature, params.top_p
+    words[_SAMPLING : _SAMPLING + len(stop_ids)] = stop_ids
+    return words
+
+
+def pack_windows(layout: Layout, windows: Sequence[Window], batch: int) -> np.ndarray:
+    """[batch, words]: slot, place of its first new page, new pages."""
+    words = np.zeros((batch, decode_words(layout)), np.int32)
+    words[:, 0] = layout.idle_slot
+    words[:, 1] = layout.table_width  # behind the table: nothing is written
+    for row, window in enumerate(windows):
+        words[row, 0] = window.request.slot
+        if window.new_pages:
+            words[row, 1] = window.first_new_page
+            words[row, 2 : 2 + len(window.new_pages)] = window.new_pages
+    return words
+
+
+class NewPages(NamedTuple):
+    """A decode array on the device."""
+
+    slot: Int[Array, " B"]
+    place: Int[Array, "B P"]
+    page: Int[Array, "B P"]
+
+
+def unpack_windows(words: Int[Array, "B words"]) -> NewPages:
+    """The inverse of `pack_windows`; places without a page name the sink, or lie behind the table."""
+    pages = words[:, 2:]
+    return NewPages(words[:, 0], words[:, 1:2] + jnp.arange(pages.shape[1], dtype=jnp.int32)[None], pages)
+
+
+def pack_chunks(
+    layout: Layout, chunks: Sequence[Chunk], sampling: Sequence[np.ndarray], shape: tuple[int, int]
+) -> np.ndarray:
+    """[requests, words]; rows without a chunk read one token into the sink."""
+    words = np.zeros((shape[0], prefill_words(layout, shape[1])), np.int32)
+    words[:, :_PLACE] = layout.idle_slot, 0, 1, 0, -1, 0
+    words[:, _PLACE + 4] = np.float32(1.0).view(np.int32)  # top_p
+    at_table = _PLACE + _SAMPLING + layout.num_stop_ids
+    at_tokens = at_table + layout.table_width
+    for row, (chunk, fixed) in enumerate(zip(chunks, sampling, strict=True)):
+        request = chunk.request
+        restored = -1 if chunk.restored is None else chunk.restored
+        words[row, :_PLACE] = (
+            request.slot, chunk.start, chunk.num_tokens, chunk.is_last, restored, request.has_drafts,
+        )  # fmt: skip
+        words[row, _PLACE:at_table] = fixed
+        words[row, at_table : at_table + len(request.pages)] = request.pages
+        tokens = request.tokens[chunk.start : chunk.start + chunk.num_tokens]
+        words[row, at_tokens : at_tokens + len(tokens)] = tokens
+    return words
+
+
+class Prompts(NamedTuple):
+    """A prefill array on the device."""
+
+    slot: Int[Array, " B"]
+    start: Int[Array, " B"]
+    num_tokens: Int[Array, " B"]
+    is_last: Bool[Array, " B"]
+    restored: Int[Array, " B"]
+    has_drafts: Bool[Array, " B"]
+    end: Int[Array, " B"]
+    sampling: Sampling
+    stop_ids: Int[Array, "B E"]
+    page_table: Int[Array, "B pages"]
+    tokens: Int[Array, "B R"]
+
+
+def unpack_chunks(layout: Layout, words: Int[Array, "B words"]) -> Prompts:
+    """The inverse of `pack_chunks`."""
+    slot, start, num_tokens, is_last, restored, has_drafts, end, top_k, seed, temperature, top_p = (
+        words[:, column] for column in range(_PLACE + _SAMPLING)
+    )
+    at_table = _PLACE + _SAMPLING + layout.num_stop_ids
+    at_tokens = at_table + layout.table_width
+    sampling = Sampling(
+        temperature=jax.lax.bitcast_convert_type(temperature, jnp.float32),
+        top_k=top_k,
+        top_p=jax.lax.bitcast_convert_type(top_p, jnp.float32),
+        seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
+    )
+    return Prompts(
+        slot, start, num_tokens, is_last != 0, restored, has_drafts != 0, end, sampling,
+        stop_ids=words[:, _PLACE + _SAMPLING : at_table],
+        page_table=words[:, at_table:at_tokens],
+        tokens=words[:, at_tokens:],
+    )  # fmt: skip
+
+
+def pack_outcome(state: DecodeState, committed: Committed) -> Int[Array, "B words"]:
+    """What the host wants to know of a forward: its tokens, whether that was the end, and the request's statistics."""
+    counts = state.counts
+    columns = [committed.num_tokens, state.finish, state.num_proposals, counts.forwards, counts.cold_starts]
+    probs = jax.lax.bitcast_convert_type(counts.accept_prob, jnp.int32)
+    words = [jnp.stack(columns, axis=1), counts.verified, counts.accepted, probs, committed.tokens]
+    if committed.logprobs is not None:
+        batch = committed.tokens.shape[0]
+        chosen, top_ids, top = committed.logprobs
+        words += [
+            jax.lax.bitcast_convert_type(chosen, jnp.int32),
+            top_ids.reshape(batch, -1),
+            jax.lax.bitcast_convert_type(top, jnp.int32).reshape(batch, -1),
+        ]
+    return jnp.concatenate(words, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Statistics as in `idlm_jax.decoding.state.Counts`, of one request or of many."""
+
+    forwards: int
+    cold_starts: int
+    verified: np.ndarray  # by depth, like the next two
+    accepted: np.ndarray
+    accept_prob: np.ndarray
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.forwards + other.forwards,
+            self.cold_starts + other.cold_starts,
+            self.verified + other.verified,
+            self.accepted + other.accepted,
+            self.accept_prob + other.accept_prob,
+        )
+
+
+def no_tally(num_masks: int) -> Tally:
+    """The tally of no forward."""
+    zeros = np.zeros(num_masks, np.int64)
+    return Tally(0, 0, zeros, zeros, np.zeros(num_masks))
+
+
+class Outcome(NamedTuple):
+    """What one forward did to one request."""
+
+    tokens: list[int]
+    finish: int
+    has_drafts: bool
+    tally: Tally
+    # Log-probabilities [C], ids [C, A] and log-probabilities [C, A] of alternatives; None if the program reports none.
+    reported: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+
+
+def unpack_logprobs(outcome: Outcome, num_top: int) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens, each with its `num_top` likeliest alternatives."""
+    assert outcome.reported is not None
+    chosen, top_ids, top = outcome.reported
+    return [
+        TokenLogprob(token, float(logprob), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+        for token, logprob, ids, values in zip(
+            outcome.tokens, chosen, top_ids[:, :num_top], top[:, :num_top], strict=False
+        )
+    ]
+
+
+def unpack_outcome(layout: Layout, words: np.ndarray, num_rows: int) -> list[Outcome]:
+    """The inverse of `pack_outcome`, on the host.
+
+    Args:
+        layout: as everywhere.
+        words: [B, words].
+        num_rows: tokens that a request may have committed, C.
+    """
+    masks = layout.num_masks
+    at_tokens = 5 + 3 * masks
+    end = at_tokens + num_rows
+    num_top = (words.shape[1] - end) // num_rows // 2  # one column for the chosen, two for every alternative
+    is_reported = words.shape[1] > end
+    probs = words[:, 5 + 2 * masks : at_tokens].view(np.float32)
+    outcomes = []
+    for row, prob, ints in zip(words, probs, words[:, :end].tolist(), strict=True):
+        num_tokens, finish, num_proposals, forwards, cold_starts = ints[:5]
+        tally = Tally(forwards, cold_starts, row[5 : 5 + masks], row[5 + masks : 5 + 2 * masks], prob)
+        reported = None
+        if is_reported:
+            chosen, top_ids, top = np.split(row[end:], [num_rows, num_rows * (1 + num_top)])
+            shape = num_rows, num_top
+            reported = chosen.view(np.float32), top_ids.reshape(shape), top.view(np.float32).reshape(shape)
+        tokens = ints[at_tokens : at_tokens + num_tokens]
+        outcomes.append(Outcome(tokens, finish, num_proposals > 0, tally, reported))
+    return outcomes
