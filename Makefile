@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next compiled plans lint clean
+.PHONY: help demo test test-fast test-next proofs compiled plans lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -28,7 +28,7 @@ help:  ## list the targets
 demo: .venv/.runtime  ## train a tiny model, decode with it, check the result (CPU; no torch)
 	.venv/bin/idlm demo
 
-test: lint  ## lint and all tests that need no compiler for another machine
+test: lint  ## lint and all tests but the longest (proofs) and those that need another machine's compiler
 	.venv/bin/pytest $(parallel)
 
 test-fast: .venv/.dev  ## tests that take seconds
@@ -36,6 +36,9 @@ test-fast: .venv/.dev  ## tests that take seconds
 
 test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: what they touch, without slow; compile for H200 and TPU
 	.venv-next/bin/pytest $(parallel) -m "not torch and not slow" --ignore tests/parity --ignore tests/cli --ignore tests/benchmarks
+
+proofs: .venv/.dev  ## the longest tests: twenty kills, several processes, every mesh, every op of the device kit
+	.venv/bin/pytest $(parallel) -m proof
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled

@@ -56,12 +56,15 @@ class Projection(nnx.Module):
     def __call__(self, x: Float[Array, "B T ..."], gate: RowGate | None) -> Float[Array, "B T ..."]:
         batch, rows = x.shape[:2]
         dtype = self.compute_dtype
-        # Rows keep their two axes: where both are cut over a mesh, one axis of all rows could not be.
-        flat = x.astype(dtype).reshape(batch, rows, -1)
+        # One axis of rows: on a CPU a row's product then has the same bits in windows of every width tried. Over a mesh
+        # the two axes stay, for both may be cut, and one axis of all rows could not be.
+        mesh = jax.sharding.get_abstract_mesh()
+        row_shape = (batch, rows) if not mesh.empty and mesh.size > 1 else (batch * rows,)
+        flat = x.astype(dtype).reshape(*row_shape, -1)
         kernel = self.kernel[...].astype(dtype).reshape(flat.shape[-1], -1)
         if self.lora_scale and gate is not None:
             lora_a, lora_b = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
-            y = gated_lora(flat, kernel, lora_a, lora_b, gate, self.lora_scale)
+            y = gated_lora(flat, kernel, lora_a, lora_b, gate.reshape(row_shape), self.lora_scale)
         else:
             y = flat @ kernel
         return y.reshape(batch, rows, *self.out_shape)

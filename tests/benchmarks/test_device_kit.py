@@ -99,6 +99,7 @@ def test_dry_run_checks_kernels_and_publishes_no_figure(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(("platform", "ops"), [("gpu", OPS), ("tpu", ("quantized_matmul",))])
 def test_dry_run_of_every_op_passes(tmp_path: Path, platform: str, ops: tuple[str, ...]):
     done = run_sh("kernels", f"--dry={platform}", "--only", ",".join(ops), out=tmp_path)

@@ -91,6 +91,7 @@ def chain(dataset, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_sigterm_to_one_process_stops_and_saves_in_all_after_the_same_step(chain):
     assert chain.stopped_code == 128 + signal.SIGTERM, chain.stopped_output
     last = stopped_at(chain)
@@ -104,6 +105,7 @@ def stopped_at(chain: Chain) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_two_processes_then_four_give_the_losses_and_the_model_of_one(chain):
     ours, wanted = read_metrics(chain.config.run_dir), read_metrics(chain.alone.run_dir)
     assert len(ours) == len(wanted) > STEPS
@@ -120,6 +122,7 @@ def test_two_processes_then_four_give_the_losses_and_the_model_of_one(chain):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_process_0_alone_speaks(chain):
     for output in (chain.stopped_output, chain.resumed_output):
         lines = output.splitlines()
@@ -129,6 +132,7 @@ def test_process_0_alone_speaks(chain):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_a_dead_process_ends_the_others_and_the_adapter_it_saved_is_exported_by_two(chain, dataset, tmp_path):
     lora = {"init_from": str(chain.alone.run_dir / "hf"), "model": None, "lora": {"rank": 2, "alpha": 4}}
     config = tiny_run(dataset, tmp_path, **RUN | lora | {"steps": 10**6, "save_every": 1, "eval_batches": 0})

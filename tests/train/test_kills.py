@@ -45,6 +45,7 @@ for config, kills in ((whole, 0), (killed, num_kills)):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_twenty_kills_lose_no_checkpoint_and_change_no_bit(tmp_path: Path):
     data = tiny_dataset(tmp_path)
     changes = {"model": TINY_MODEL | {"num_layers": 1}, "steps": 700, "save_every": 3, "eval_batches": 0}

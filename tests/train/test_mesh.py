@@ -25,7 +25,7 @@ MESHES = [
     (1, 2, 2, 2),
     (1, 1, 4, 1),  # two key heads over four devices: gathered
     *(
-        pytest.param(each, marks=pytest.mark.slow)
+        pytest.param(each, marks=(pytest.mark.slow, pytest.mark.proof))
         for each in [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (4, 1, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
     ),
 ]
@@ -92,7 +92,8 @@ def test_a_step_is_the_same_on_every_mesh(objective, shape):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     # After one step the moments are the gradient, clipped to norm 1, and its square, each times a constant.
     for got, want in zip(jax.tree.leaves(moments), jax.tree.leaves(wanted_moments), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6 * np.abs(want).max())
+        # Sums over a cut vocabulary run in another order: up to 1.4e-6 of the largest element was seen.
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=3e-6 * np.abs(want).max())
     leaves = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
     held = sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
     # Head norms stay whole. Of an adapter only the wide axes are cut, each over one mesh axis.
