@@ -80,6 +80,7 @@ def test_every_command_explains_itself(command, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_the_demo_runs_to_its_end_and_leaves_its_files(tmp_path):
     """In a process of its own, as a user runs it; two steps instead of a hundred."""
     out = tmp_path / "demo"
