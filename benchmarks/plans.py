@@ -80,8 +80,8 @@ def _line(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     parts = [f"{size / 1e9:.2f} GB" for size in (plan.param_bytes, plan.optimizer_bytes, plan.temporary_bytes)]
     share = plan.bytes_per_device / plan.device.memory
-    at_40 = plan.flops / (0.4 * plan.num_devices * plan.device.flops)
     verdict = "fits" if plan.fits else "**does not fit**"
+    at_40 = plan.seconds_at(0.4)
     return f" {mesh} | {' | '.join(parts)} | {share:.0%} | {plan.bound_s:.3g} s | {at_40:.3g} s | {verdict} |"
 
 

@@ -21,9 +21,10 @@ import jax
 import typer
 
 import idlm_jax
-from idlm_jax.cli.evaluate import heldout_means, heldout_prompts
+from idlm_jax.cli.evaluate import heldout_means
 from idlm_jax.decoding.compare import compare_methods
 from train.config import TrainConfig, config_from_mapping
+from train.data import heldout_prompts
 from train.loop import run_training
 from train.metrics import read_metrics
 

@@ -70,6 +70,11 @@ class Checkpoints:
         scored = [(each.metrics["score"], each.step) for each in found if each.metrics]
         return (max(scored)[1], max(scored)[0]) if scored else None
 
+    def is_best(self, score: float) -> bool:
+        """Whether no saved checkpoint has as high a score."""
+        best = self.best
+        return best is None or score > best[1]
+
     def is_due(self, step: int) -> bool:
         return self._orbax.should_save(step)
 

@@ -47,6 +47,11 @@ class Span(NamedTuple):
     tv_weight: float
     depth_weights: tuple[float, ...]
 
+    @property
+    def has_divergence(self) -> bool:
+        """Whether the noisy stream learns from the clean one, by KL or TV."""
+        return bool(self.kl_weight or self.tv_weight)
+
 
 def check_shares(stages: Sequence[Stage]) -> None:
     """Refuses shares that leave open how long a stage is.

@@ -1,6 +1,7 @@
 """Held-out measures of a run, and completions of fixed held-out prompts."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.config import TrainConfig
-from train.data import heldout_batches
+from train.data import heldout_batches, heldout_prompts
 from train.initialize import StartingPoint
 from train.metrics import drop_lines_after
 from train.objective import Metrics
 from train.rows import place
-from train.samples import Sample, draw_samples, sample_prompts
+from train.samples import PROMPT_TOKENS, Sample, draw_samples
 from train.step import TrainState, make_eval_step
 
 
@@ -49,10 +50,13 @@ class Evaluator:
         """Greedy completions, at the stride that the run trains for; none where several processes hold the model."""
         if not self._config.eval_samples or jax.process_count() > 1:
             return []
-        prompts = sample_prompts(Path(self._config.dataset.path), self._config.eval_samples)
         lm = self._start.language_model(state.params, state.frozen)
         stride = 1 if self._config.objective == "ar" else self._config.block_length + 1
-        return list(draw_samples(lm, prompts, stride, self._mesh))
+        return list(draw_samples(lm, self._prompts, stride, self._mesh))
+
+    @functools.cached_property
+    def _prompts(self) -> list[list[int]]:
+        return heldout_prompts(self._config.dataset.path, self._config.eval_samples, PROMPT_TOKENS)
 
 
 class SamplesLog:

@@ -150,8 +150,7 @@ def run_training(
                     for line in (format_eval(step, last_eval), *map(format_sample, samples)):
                         echo(line)
                     reporter.restart_clock()
-                best = checkpoints.best
-                is_best = config.keep_best and score is not None and (best is None or score > best[1])
+                is_best = config.keep_best and score is not None and checkpoints.is_best(score)
                 if is_last or is_stopping or is_best or checkpoints.is_due(step):
                     # A checkpoint vouches for the steps before it: their metrics are checked and on disk
                     # first.
@@ -211,8 +210,7 @@ def _speed(config: TrainConfig, start: StartingPoint, mesh: Mesh | None) -> Spee
     def flops_of(step: int, metrics: Mapping[str, float]) -> float:
         span = config.span_of(step - 1)
         work = Work(metrics["tokens"], metrics["supervised_tokens"], metrics["clean_rows"], metrics["attended"])
-        has_divergence = bool(span.kl_weight or span.tv_weight)
-        return step_flops(model, work, is_ar=config.objective == "ar", has_divergence=has_divergence)
+        return step_flops(model, work, is_ar=config.objective == "ar", has_divergence=span.has_divergence)
 
     return Speed(flops_of=flops_of, num_devices=mesh.size if mesh else 1, peak=device and device.flops)
 

@@ -94,6 +94,10 @@ class Plan:
         """Least seconds of a step: arithmetic and links overlapped."""
         return max(self.compute_s, self.links_s)
 
+    def seconds_at(self, mfu: float) -> float:
+        """Seconds of a step at that share of the peak; 0 where the peak is unknown."""
+        return self.flops / (mfu * self.num_devices * self.device.flops) if self.device else 0.0
+
 
 def make_plan(config: TrainConfig, target: str | None = None) -> Plan:
     """Compiles the step of the run's last stage.
@@ -114,26 +118,24 @@ def make_plan(config: TrainConfig, target: str | None = None) -> Plan:
         device, devices = named_devices(target)
         where = f"{target} ({len(devices)} x {devices[0].device_kind})"
     platform = {"cuda": "gpu"}.get(devices[0].platform, devices[0].platform)
-    mesh = make_mesh(config.mesh, devices)
+    cut = make_mesh(config.mesh, devices)
     base = dataclasses.replace(_base_config(config), kernels=choose_kernels(config.kernels, platform=platform))
     model, row_len = trained_config(config, base), _row_len(config)
-    if mesh is not None:
-        check_mesh(mesh, config, model, row_len)
+    if cut is not None:
+        check_mesh(cut, config, model, row_len)
+    mesh = cut or Mesh([[[[devices[0]]]]], AXES, axis_types=(AxisType.Auto,) * len(AXES))
     graph, state = abstract_start(config, model)
-    alone = Mesh([[[[devices[0]]]]], AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    placed = _place_state(state, config, mesh or alone)
-    batch = abstract_batch(config.batch_size, row_len, mesh or alone)
-    everywhere = NamedSharding(mesh or alone, PartitionSpec())
+    placed = _place_state(state, config, mesh)
+    batch = abstract_batch(config.batch_size, row_len, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     step = make_train_step(graph, config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
     if target is None:
-        with jax.set_mesh(mesh or alone):
+        with jax.set_mesh(mesh):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
             compiled = jitted.lower(placed, batch).compile()
     else:
-        compiled = compile_for(
-            mesh or alone, step, placed, batch, donate_argnums=0, out_shardings=(shardings, everywhere)
-        )
+        compiled = compile_for(mesh, step, placed, batch, donate_argnums=0, out_shardings=(shardings, everywhere))
     memory: Any = compiled.memory_analysis()
     tokens = config.batch_size * row_len
     work = full_rows(config.batch_size, row_len)
@@ -141,16 +143,16 @@ def make_plan(config: TrainConfig, target: str | None = None) -> Plan:
     is_ar = config.objective == "ar"
     return Plan(
         target=where,
-        mesh=dict((mesh or alone).shape),
+        mesh=dict(mesh.shape),
         num_params=_count((state.params, state.frozen)),
         num_trained=_count(state.params),
         param_bytes=_held((placed.params, placed.frozen)),
         optimizer_bytes=0 if config.offload_optimizer else _held(placed.opt_state),
         temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         device=device,
-        flops=step_flops(model, work, is_ar=is_ar, has_divergence=bool(span.kl_weight or span.tv_weight)),
+        flops=step_flops(model, work, is_ar=is_ar, has_divergence=span.has_divergence),
         recomputed=recomputed_flops(model, work, is_ar=is_ar),
-        sent_bytes=_sent_bytes(config, model, state, (mesh or alone).shape),
+        sent_bytes=_sent_bytes(config, model, state, mesh.shape),
         tokens=tokens,
         row_len=row_len,
     )
@@ -177,7 +179,7 @@ def describe(plan: Plan, config: TrainConfig) -> Iterator[str]:
         f"{plan.links_s:.3g} s of weights and gradients over links, overlapped; "
         f"{plan.tokens / plan.bound_s:,.0f} tokens/s"
     )
-    at_40 = plan.flops / (0.4 * plan.num_devices * plan.device.flops)
+    at_40 = plan.seconds_at(0.4)
     yield f"at 40% MFU {at_40:.3g} s a step, {config.steps:,} steps in {at_40 * config.steps / 3600:,.1f} h"
     share = plan.bytes_per_device / plan.device.memory
     verdict = "fits" if plan.fits else f"DOES NOT FIT: {USABLE:.0%} are usable"

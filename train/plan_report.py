@@ -70,7 +70,7 @@ def describe_plan(
         model,
         full_rows(config.batch_size, row_len),
         is_ar=is_ar,
-        has_divergence=bool(span.kl_weight or span.tv_weight),
+        has_divergence=span.has_divergence,
     )
     peak = f"MFU is of {device.flops / 1e12:.0f} TFLOP/s a device" if device else "no peak is known, hence no MFU"
     yield f"work       {formula(model, is_ar=is_ar)} = {flops:.3g} FLOP a full step (train/flops.py); {peak}"

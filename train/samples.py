@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,6 @@ from jax.sharding import Mesh
 from idlm_jax.decoding import AR, ISD, SamplingParams, generate
 from idlm_jax.model.language_model import LanguageModel
 from pallas_kernels.bodies import REFERENCE
-from train.data import heldout_batches
 
 PROMPT_TOKENS, MAX_TOKENS = 32, 48
 
@@ -29,12 +27,6 @@ class Sample(NamedTuple):
 def format_sample(sample: Sample) -> str:
     """One line: the end of the prompt, what follows, and its tokens per forward."""
     return f"sample · {sample.tokens_per_forward:.2f} TPF · ...{sample.prompt[-40:]!r} -> {sample.text[:80]!r}"
-
-
-def sample_prompts(dataset: Path, count: int) -> list[list[int]]:
-    """The beginnings of held-out rows, spread evenly over them: the same in every run on this dataset."""
-    rows = [row for batch in heldout_batches(dataset, 1) for row in batch.tokens.tolist()]
-    return [row[:PROMPT_TOKENS] for row in rows[:: max(1, len(rows) // count)][:count]]
 
 
 def draw_samples(lm: LanguageModel, prompts: list[list[int]], stride: int, mesh: Mesh | None) -> Iterator[Sample]:

@@ -199,9 +199,7 @@ def _time(case: StepCase, like: TrainState, compiled: Compiled, platform: str) -
     memory: Any = compiled.memory_analysis()
     tokens = case.rows * case.row_len
     work = Work(tokens, float(metrics["supervised_tokens"]), float(metrics["clean_rows"]), float(metrics["attended"]))
-    flops = step_flops(
-        model, work, is_ar=config.objective == "ar", has_divergence=bool(config.kl_weight or config.tv_weight)
-    )
+    flops = step_flops(model, work, is_ar=config.objective == "ar", has_divergence=config.spans[-1].has_divergence)
     device = find_device(jax.devices()[0].device_kind)
     quartiles = statistics.quantiles(seconds, n=4)
     return StepSpeed(

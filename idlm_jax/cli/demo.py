@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import idlm_jax
 from idlm_jax.cli.checkout import CHECKOUT, import_from_checkout
-from idlm_jax.cli.evaluate import heldout_means, heldout_prompts
+from idlm_jax.cli.evaluate import heldout_means
 from idlm_jax.cli.plots import plot_demo
 from idlm_jax.cli.tables import method_table
 from idlm_jax.decoding.compare import compare_methods
@@ -74,7 +74,7 @@ def demo(
 
     adapter = out / config.run_name / "adapter"
     lm = idlm_jax.load(model, dtype="float32", adapter=adapter)
-    prompts = heldout_prompts(Path(config.dataset.path), 16, 32)
+    prompts = data.heldout_prompts(config.dataset.path, 16, 32)
     methods = [idlm_jax.ISD(stride=2), idlm_jax.ISD(stride=4)]
     reports = compare_methods(lm, prompts, methods, _greedy(64))
     console.print(

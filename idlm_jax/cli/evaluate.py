@@ -40,7 +40,8 @@ def evaluate(
     means = heldout_means(lm, dataset, block_length=block_length)
     for name, value in means.items():
         console.print(f"{name:32} {value:.4f}")
-    prompts = heldout_prompts(dataset, num_prompts, prompt_tokens)
+    data: Any = import_from_checkout("train.data")
+    prompts = data.heldout_prompts(dataset, num_prompts, prompt_tokens)
     methods = [idlm_jax.ISD(stride=int(stride)) for stride in strides.split(",")]
     params = [
         idlm_jax.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
@@ -86,14 +87,6 @@ def heldout_means(
         total = terms if total is None else jax.tree.map(lambda a, b: a + b, total, terms)
     assert total is not None  # a dataset always has held-out rows
     return {name: float(term.mean) for name, term in total.items()}
-
-
-def heldout_prompts(dataset: Path, num_prompts: int, prompt_tokens: int) -> list[list[int]]:
-    """The first tokens of held-out rows, spread evenly over them."""
-    data: Any = import_from_checkout("train.data")
-    rows = [row for batch in data.heldout_batches(dataset, 1, None) for row in batch.tokens.tolist()]
-    step = max(1, len(rows) // num_prompts)
-    return [row[:prompt_tokens] for row in rows[::step][:num_prompts]]
 
 
 def _as_json(report: MethodReport) -> dict[str, Any]:

@@ -139,6 +139,17 @@ def _checked_rows(rows: Sequence[int] | None, batch_size: int) -> Sequence[int]:
     return rows
 
 
+def heldout_prompts(dataset_dir: str | Path, num_prompts: int, prompt_tokens: int) -> list[list[int]]:
+    """The first tokens of held-out rows, spread evenly over them: the same ones at every call.
+
+    Raises:
+        ValueError: no dataset.
+    """
+    rows = [row for batch in heldout_batches(dataset_dir, 1) for row in batch.tokens.tolist()]
+    step = max(1, len(rows) // num_prompts)
+    return [row[:prompt_tokens] for row in rows[::step][:num_prompts]]
+
+
 def check_vocabulary(dataset_dir: str | Path, vocab_size: int) -> None:
     """Checks that a model of `vocab_size` embedding rows knows every id of the dataset.
 
