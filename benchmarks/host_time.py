@@ -65,12 +65,12 @@ class StandIn:
         self._first: float | None = None
         self._busy_until = self._idle = 0.0
 
-    def decode(self, words: np.ndarray, draws: Draws) -> Later:
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> Later:
         """Commits 1 to stride tokens in each slot."""
         stride = self._layout.num_masks + 1
         return self._commit(words[:, 0], self._rng.integers(1, stride + 1, len(words)), stride)
 
-    def prefill(self, words: np.ndarray, draws: Draws) -> Later:
+    def prefill(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> Later:
         """Commits one token; the words are those of `serve.packing.pack_chunks`."""
         slots, start, num_tokens, is_last, _, _, end = words[:, :7].T
         self._left[slots] = end - start - num_tokens
@@ -90,7 +90,7 @@ class StandIn:
         num_tokens = np.minimum(wanted, self._left[slots])
         self._left[slots] -= num_tokens
         self._forwards[slots] += 1
-        words = np.zeros((len(slots), 5 + 3 * masks + num_rows), np.int32)
+        words = np.zeros((len(slots), 5 + 4 * masks + num_rows), np.int32)
         words[:, 0] = num_tokens
         words[:, 1] = np.where(self._left[slots] == 0, Finish.LENGTH, Finish.RUNNING)
         words[:, 2] = masks
@@ -116,7 +116,7 @@ def measure(
         max_tokens: of each request.
     """
     lm = from_module(nnx.eval_shape(lambda: Qwen3(model, rngs=nnx.Rngs(0))))
-    layout = layout_of(config.limits(model), config.max_stop_ids)
+    layout = layout_of(config.limits(model), config.max_stop_ids, config.num_biases)
     device = StandIn(layout, device_ms / 1000)
     at: list[float] = []
     rng = np.random.default_rng(0)

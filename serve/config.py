@@ -5,6 +5,7 @@ import dataclasses
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.generate import bucket
 from idlm_jax.decoding.method import ISD, Method
+from idlm_jax.decoding.sampling import MAX_BIASES
 from idlm_jax.model.kv_cache import PAGE_SIZE
 from serve.requests import Limits
 
@@ -26,8 +27,9 @@ class EngineConfig:
         max_queued: waiting requests before more are refused.
         max_stop_ids: stop ids of one request, the model's end-of-sequence ids included.
         max_logprobs: most alternatives per token that a request may ask for; None: no log-probabilities are served.
-        specialised: also compile programs for steps whose requests are all greedy, or use neither top-k nor top-p.
-            They are faster, not different.
+        shapes: serve biases, penalties, floors and grammars.
+        specialised: also compile programs for steps whose requests are all greedy, use neither top-k nor top-p, or
+            nothing beyond these. They are faster, not different.
         caches_prefixes: keep the pages of finished requests for later ones that begin alike.
     """
 
@@ -43,6 +45,7 @@ class EngineConfig:
     max_queued: int = 1024
     max_stop_ids: int = 8
     max_logprobs: int | None = None
+    shapes: bool = False
     specialised: bool = True
     caches_prefixes: bool = True
 
@@ -60,6 +63,11 @@ class EngineConfig:
             raise ValueError(f"{self.decode_batches=} must end at {self.max_running=}")
         if self.prefill_shapes and not any(requests == 1 for requests, _ in self.prefill_shapes):
             raise ValueError(f"{self.prefill_shapes=} must hold a shape for one request")
+
+    @property
+    def num_biases(self) -> int:
+        """Biases that one request may have."""
+        return MAX_BIASES if self.shapes else 0
 
     @property
     def stride(self) -> int:

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.stages import Compiled, Lowered
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt
 
 from idlm_jax.decoding.method import ISD, StepPlan
 from idlm_jax.decoding.sampling import SamplingParams
+from idlm_jax.decoding.shaping import Shaping, empty_shaping, read_prompt
 from idlm_jax.decoding.state import Counts, DecodeState, Finish, initial_state
 from idlm_jax.decoding.step import decode_window, prefill_chunk
 from idlm_jax.model.kv_cache import empty_cache
@@ -27,8 +28,10 @@ from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.verify import Sampling
 from serve.config import EngineConfig
+from serve.grammar import mask_words
 from serve.packing import (
     Layout,
+    Prompts,
     decode_words,
     layout_of,
     pack_outcome,
@@ -46,13 +49,13 @@ class Draws(enum.IntEnum):
     GREEDY = 0
     PLAIN = 1  # some temperature
     FILTERED = 2  # top-k or top-p besides
-    REPORTED = 3  # log-probabilities besides
+    FULL = 3  # log-probabilities, biases, penalties, grammars besides: whatever the engine was built to serve
 
 
-def draws_of(params: SamplingParams) -> Draws:
+def draws_of(params: SamplingParams, *, has_grammar: bool = False) -> Draws:
     """What one request needs."""
-    if params.logprobs is not None:
-        return Draws.REPORTED
+    if params.logprobs is not None or params.is_shaped or has_grammar:
+        return Draws.FULL
     if params.temperature == 0:
         return Draws.GREEDY
     return Draws.FILTERED if params.top_k > 0 or params.top_p < 1.0 else Draws.PLAIN
@@ -75,15 +78,18 @@ class Device:
         if config.method.num_masks and lm.config.mask_token_id is None:
             raise ValueError(f"{config.method} needs a MASK id and this model has none: load it with one, or use AR()")
         limits = config.limits(lm.config)
-        self.layout = layout_of(limits, config.max_stop_ids)
+        self.layout = layout_of(limits, config.max_stop_ids, config.num_biases)
         self._leaves, tree = jax.tree.flatten(lm.params)
-        levels = [Draws.GREEDY, Draws.PLAIN, Draws.FILTERED] if config.specialised else [Draws.FILTERED]
-        if config.max_logprobs is not None:
-            levels.append(Draws.REPORTED)
+        self._shapes, self._num_mask_words = config.shapes, mask_words(lm.config.vocab_size)
+        levels = [Draws.GREEDY, Draws.PLAIN, Draws.FILTERED] if config.specialised else []
+        if config.max_logprobs is not None or config.shapes:
+            levels.append(Draws.FULL)
+        elif not config.specialised:
+            levels.append(Draws.FILTERED)
         plans = {level: _plan(lm, config, level) for level in levels}
 
         def make_state() -> DecodeState:
-            return _idle_state(lm, config, plans[Draws.FILTERED], self.layout)
+            return _idle_state(lm, config, plans[levels[-1]], self.layout)
 
         state = jax.eval_shape(make_state)
         lowered: dict[Any, Lowered] = {"idle state": jax.jit(make_state).lower()}
@@ -92,7 +98,9 @@ class Device:
             body = _run_windows if kind == "decode" else _run_chunks
             program = functools.partial(body, lm.graph, tree, plans[level], self.layout)
             words = jax.ShapeDtypeStruct(shape, jnp.int32)
-            return jax.jit(program, donate_argnums=1).lower(self._leaves, state, words)
+            masks = jax.ShapeDtypeStruct(self._mask_shape(kind, shape[0]), jnp.uint32)
+            shaped = (masks,) if self._takes_masks(level) else ()
+            return jax.jit(program, donate_argnums=1).lower(self._leaves, state, words, *shaped)
 
         for level in levels:
             for batch in config.decode_buckets:
@@ -105,25 +113,47 @@ class Device:
         self._make_state = programs.pop("idle state")
         self._programs = programs
         self._levels = levels
+        self._no_masks = {
+            shape: jnp.full(shape, 0xFFFFFFFF, jnp.uint32)
+            for shape in {
+                self._mask_shape(kind, shape[0]) for kind, shape, level in programs if self._takes_masks(level)
+            }
+        }
         self._state: DecodeState = self._make_state()
 
-    def decode(self, words: np.ndarray, draws: Draws) -> jax.Array:
-        """One window for each packed slot; int32 [batch, words] to read later."""
-        return self._run("decode", words, draws)
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> jax.Array:
+        """One window for each packed slot; int32 [batch, words] to read later.
 
-    def prefill(self, words: np.ndarray, draws: Draws) -> jax.Array:
-        """One stretch of a prompt for each packed slot; int32 [requests, words] to read later."""
-        return self._run("prefill", words, draws)
+        `masks` is uint32 [batch, M + 1, W], the ids that each anchor permits, for FULL draws; None permits all.
+        """
+        return self._run("decode", words, draws, masks)
+
+    def prefill(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> jax.Array:
+        """One stretch of a prompt for each packed slot; int32 [requests, words] to read later.
+
+        `masks` is uint32 [requests, 1, W], for the first token of each completion.
+        """
+        return self._run("prefill", words, draws, masks)
 
     def reset(self) -> None:
         """An idle state in place of one that a failed step has consumed."""
         self._state = self._make_state()
 
-    def _run(self, kind: str, words: np.ndarray, draws: Draws) -> jax.Array:
+    def _run(self, kind: str, words: np.ndarray, draws: Draws, masks: np.ndarray | None) -> jax.Array:
         level = next(level for level in self._levels if level >= draws)
-        self._state, outcome = self._programs[kind, words.shape, level](self._leaves, self._state, words)
+        shaped = ()
+        if self._takes_masks(level):
+            # A step without grammars uploads nothing.
+            shaped = (self._no_masks[self._mask_shape(kind, len(words))] if masks is None else masks,)
+        self._state, outcome = self._programs[kind, words.shape, level](self._leaves, self._state, words, *shaped)
         outcome.copy_to_host_async()
         return outcome
+
+    def _takes_masks(self, level: Draws) -> bool:
+        return self._shapes and level is Draws.FULL
+
+    def _mask_shape(self, kind: str, batch: int) -> tuple[int, int, int]:
+        return batch, self.layout.num_masks + 1 if kind == "decode" else 1, self._num_mask_words
 
 
 def _compile(lowered: dict[Any, Lowered], progress: Progress | None) -> dict[Any, Compiled]:
@@ -146,7 +176,7 @@ def _plan(lm: LanguageModel, config: EngineConfig, level: Draws) -> StepPlan:
         soft_proposals=isinstance(method, ISD) and method.rule == "official",
         filtered=level >= Draws.FILTERED,
         all_greedy=level is Draws.GREEDY,
-        num_top_logprobs=config.max_logprobs if level is Draws.REPORTED else None,
+        num_top_logprobs=config.max_logprobs if level is Draws.FULL else None,
         mask_token_id=-1 if mask_id is None else mask_id,
     )
 
@@ -171,23 +201,22 @@ def _idle_state(lm: LanguageModel, config: EngineConfig, plan: StepPlan, layout:
             jnp.zeros((slots, layout.table_width), jnp.int32),
             empty_cache(lm.config, config.num_pages, config.page_size),
         ),
+        shaping=empty_shaping(slots, lm.config.vocab_size) if config.shapes else None,
     )
 
 
-def _take(state: DecodeState, slots: Int[Array, " B"]) -> DecodeState:
-    """Those slots as a batch of their own, over the same pool."""
-    rows = {name: jax.tree.map(lambda x: x[slots], value) for name, value in state._asdict().items() if name != "cache"}
-    return DecodeState(**rows, cache=state.cache)
+def _take(state: DecodeState, slots: Int[Array, " B"], *, shapes: bool) -> DecodeState:
+    """Those slots as a batch of their own, over the same pool; their shaping stays behind unless it is used."""
+    rest = state._replace(cache=None, shaping=state.shaping if shapes else None)
+    return jax.tree.map(lambda x: x[slots], rest)._replace(cache=state.cache)
 
 
 def _put(state: DecodeState, slots: Int[Array, " B"], batch: DecodeState) -> DecodeState:
     """The inverse of `_take`. Rows of the idle slot may collide: it stays idle whichever of them wins."""
-    rows = {
-        name: jax.tree.map(lambda x, new: x.at[slots].set(new), value, getattr(batch, name))
-        for name, value in state._asdict().items()
-        if name != "cache"
-    }
-    return DecodeState(**rows, cache=batch.cache)
+    is_shaped = batch.shaping is not None
+    rest = state._replace(cache=None, shaping=state.shaping if is_shaped else None)
+    rest = jax.tree.map(lambda x, new: x.at[slots].set(new), rest, batch._replace(cache=None))
+    return rest._replace(cache=batch.cache, shaping=rest.shaping if is_shaped else state.shaping)
 
 
 def _merge(graph: nnx.GraphDef[Qwen3], tree: Any, leaves: Sequence[Array]) -> Qwen3:
@@ -203,13 +232,21 @@ def _run_windows(
     leaves: Sequence[Array],
     state: DecodeState,
     words: Int[Array, "B words"],
+    masks: UInt[Array, "B C mask"] | None = None,
 ) -> tuple[DecodeState, Int[Array, "B out"]]:
     """Hands out new pages and runs one window of each named slot; `state` is donated."""
-    del layout
-    new = unpack_windows(words)
+    new = unpack_windows(layout, words)
     table = state.page_table.at[new.slot[:, None], new.place].set(new.page, mode="drop")
     state = state._replace(page_table=table)
-    batch, committed = decode_window(_merge(graph, tree, leaves), plan, _take(state, new.slot))
+    batch = _take(state, new.slot, shapes=masks is not None)
+    if masks is not None:
+        # Drafts that a grammar has put in place of those that were drawn, where it leaves no choice.
+        is_given = new.num_drafts >= 0
+        batch = batch._replace(
+            proposals=jnp.where(is_given[:, None], new.drafts, batch.proposals),
+            num_proposals=jnp.where(is_given, new.num_drafts, batch.num_proposals),
+        )
+    batch, committed = decode_window(_merge(graph, tree, leaves), plan, batch, masks)
     return _put(state, new.slot, batch), pack_outcome(batch, committed)
 
 
@@ -221,6 +258,7 @@ def _run_chunks(
     leaves: Sequence[Array],
     state: DecodeState,
     words: Int[Array, "B words"],
+    masks: UInt[Array, "B 1 mask"] | None = None,
 ) -> tuple[DecodeState, Int[Array, "B out"]]:
     """Gives each named slot to a request and reads a stretch of its prompt; `state` is donated.
 
@@ -229,7 +267,7 @@ def _run_chunks(
     any drafts, and its pending token, must be told.
     """
     prompts = unpack_chunks(layout, words)
-    batch = _take(state, prompts.slot)
+    batch = _take(state, prompts.slot, shapes=masks is not None)
     batch = batch._replace(
         context_len=prompts.start + prompts.num_tokens - 1,
         end=prompts.end,
@@ -240,12 +278,24 @@ def _run_chunks(
         counts=Counts(*(jnp.zeros_like(count) for count in batch.counts)),
         page_table=prompts.page_table,
     )
-    batch, committed = prefill_chunk(_merge(graph, tree, leaves), plan, batch, prompts.tokens, prompts.start)
-    is_restored = prompts.restored >= 0
-    num_restored = jnp.where(prompts.has_drafts, jnp.int32(plan.num_masks), jnp.int32(0))
-    batch = batch._replace(
-        pending=jnp.where(is_restored, prompts.restored, batch.pending),
-        finish=jnp.where(is_restored, jnp.int32(Finish.RUNNING), batch.finish),
-        num_proposals=jnp.where(is_restored, num_restored, batch.num_proposals),
+    if batch.shaping is not None:
+        batch = batch._replace(shaping=_shaping_of(batch.shaping, prompts))
+    module = _merge(graph, tree, leaves)
+    batch, committed = prefill_chunk(
+        module, plan, batch, prompts.tokens, prompts.start, known=prompts.restored, allowed=masks
     )
+    num_restored = jnp.where(prompts.has_drafts, jnp.int32(plan.num_masks), jnp.int32(0))
+    batch = batch._replace(num_proposals=jnp.where(prompts.restored >= 0, num_restored, batch.num_proposals))
     return _put(state, prompts.slot, batch), pack_outcome(batch, committed)
+
+
+def _shaping_of(before: Shaping, prompts: Prompts) -> Shaping:
+    """What the requests want, and what has been read of them."""
+    shaping = read_prompt(
+        before, prompts.tokens, prompts.num_tokens[:, None], prompts.start[:, None], prompts.prompt_len[:, None]
+    )
+    row = jnp.arange(len(prompts.slot), dtype=jnp.int32)[:, None]
+    vocab_size = shaping.bias.shape[1]
+    at = jnp.where(prompts.bias_ids >= 0, prompts.bias_ids, vocab_size)  # one past the end is dropped
+    bias = jnp.zeros_like(shaping.bias).at[jnp.broadcast_to(row, at.shape), at].add(prompts.biases, mode="drop")
+    return shaping._replace(wishes=prompts.wishes, bias=bias)

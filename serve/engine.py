@@ -7,6 +7,7 @@ the device may be ahead by what is in flight, which the scheduler has reserved f
 import dataclasses
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -15,10 +16,12 @@ import numpy as np
 
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
+from idlm_jax.decoding.shaping import check_bias
 from idlm_jax.decoding.state import Finish
 from idlm_jax.model.language_model import LanguageModel
 from serve.config import EngineConfig
 from serve.device import Device, Draws, Progress
+from serve.grammar import Constraint, Matcher, mask_words
 from serve.handle import EngineError, FinishReason, Piece, RequestHandle
 from serve.packing import (
     Outcome,
@@ -50,8 +53,8 @@ class ReadLater(Protocol):
 class Runs(Protocol):
     """What the engine asks of a device; `Device` is the real one."""
 
-    def decode(self, words: np.ndarray, draws: Draws) -> ReadLater: ...
-    def prefill(self, words: np.ndarray, draws: Draws) -> ReadLater: ...
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater: ...
+    def prefill(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater: ...
     def reset(self) -> None: ...
 
 
@@ -124,7 +127,7 @@ class Engine:
         """
         limits = config.limits(lm.config)
         self._lm, self._config = lm, config
-        self._layout = layout_of(limits, config.max_stop_ids)
+        self._layout = layout_of(limits, config.max_stop_ids, config.num_biases)
         self._scheduler = Scheduler(limits)
         self._device: Runs = Device(lm, config, progress) if device is None else device
         self._after_step = after_step
@@ -140,17 +143,26 @@ class Engine:
         self._flushes = False
         self._closing: Literal["drain", "abort"] | None = None
         self._broken: str | None = None
+        # When the thread last came round; None while it has nothing to do.
+        self._came_round: float | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     def submit(
-        self, prompt: Prompt, sampling: SamplingParams | None = None, *, deliver: Callable[[Piece], None] | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        matcher: Matcher | None = None,
+        deliver: Callable[[Piece], None] | None = None,
     ) -> RequestHandle:
         """Queues a request.
 
         Args:
             prompt: token ids, or text if the model has a tokenizer.
             sampling: what it wants; greedy by default.
+            matcher: a fresh place in a grammar, which every committed token then obeys. What comes next is known only
+                when the tokens before are, so such a request takes part in every second step at most.
             deliver: takes each piece, in the engine's thread, so it must only pass it on; by default pieces wait in
                 the handle, to be iterated.
 
@@ -166,16 +178,22 @@ class Engine:
             if most is None or params.logprobs > most:
                 allowed = "no log-probabilities" if most is None else f"at most {most} alternatives"
                 raise ValueError(f"{params.logprobs=}: this engine reports {allowed}")
+        if params.is_shaped and not self._config.shapes:
+            raise ValueError("this engine serves no biases, penalties, min_p or min_tokens")
+        check_bias(params, self._lm.config.vocab_size)
+        constraint = None if matcher is None else self._constrain(matcher, params)
         stop_ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self._lm.config.eos_token_ids)})
         if len(stop_ids) > self._layout.num_stop_ids:
             raise ValueError(f"{len(stop_ids)} stop ids, but at most {self._layout.num_stop_ids} fit")
         self._scheduler.check_fits(len(ids), params.max_tokens)
-        request = Request(ids, params.max_tokens)
-        words = sampling_words(self._layout, params, request.end, stop_ids)
-        handle = RequestHandle(request, params, words, self._ask_abort, deliver, self._no_tally)
+        request = Request(
+            ids, params.max_tokens, is_stepwise=constraint is not None, reads_whole_prompt=params.counts_tokens
+        )
+        words = sampling_words(self._layout, params, len(ids), request.end, stop_ids)
+        handle = RequestHandle(request, params, words, constraint, self._ask_abort, deliver, self._no_tally)
         with self._wake:
-            if self._closing or self._broken:
-                raise EngineError(self._broken or "the engine is closed")
+            if self.failure is not None:
+                raise EngineError(self.failure)
             num_waiting = len(self._scheduler.waiting) + self._num_arriving
             if num_waiting >= self._config.max_queued:
                 raise QueueFull(f"{num_waiting} requests are waiting, the most allowed")
@@ -183,6 +201,14 @@ class Engine:
             self._inbox.append((handle, True))
             self._wake.notify()
         return handle
+
+    def _constrain(self, matcher: Matcher, params: SamplingParams) -> Constraint:
+        if not self._config.shapes:
+            raise ValueError("this engine serves no grammars")
+        if params.ignore_eos or params.min_tokens:
+            # A text that its grammar calls complete has one continuation, its end.
+            raise ValueError("a grammar goes with neither ignore_eos nor min_tokens")
+        return Constraint(matcher, self._layout.num_masks)
 
     def stats(self) -> EngineStats:
         """A snapshot, possibly of different moments within a step."""
@@ -202,6 +228,22 @@ class Engine:
             num_cached_tokens=scheduler.num_cached_tokens,
             tally=sum((handle.tally for handle in list(self._handles.values())), self._ended),
         )
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine takes no requests any more, if it does not."""
+        return self._broken or ("the engine is closed" if self._closing else None)
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the thread last came round, if requests wait for it: a device that hangs does not say so."""
+        came_round = self._came_round
+        return 0.0 if came_round is None else time.monotonic() - came_round
+
+    @property
+    def longest_request(self) -> int:
+        """Most tokens of a request, prompt and completion."""
+        return self._scheduler.longest_request
 
     def flush_cache(self) -> None:
         """Forgets all cached prefixes, at the next step."""
@@ -242,7 +284,9 @@ class Engine:
                 while before is None and self._scheduler.is_idle:
                     if self._inbox or self._flushes or self._closing:
                         break
+                    self._came_round = None
                     self._wake.wait()
+                self._came_round = time.monotonic()
                 inbox, self._inbox, self._num_arriving = self._inbox, [], 0
                 flushes, self._flushes = self._flushes, False
                 for handle, is_new in inbox:
@@ -332,14 +376,29 @@ class Engine:
         if step.windows:
             self._num_decodes += 1
             batch = next(size for size in self._config.decode_buckets if size >= len(step.windows))
-            words = pack_windows(self._layout, step.windows, batch)
-            windows = self._device.decode(words, self._draws(step.windows))
+            masks, drafts = self._constraints(step.windows, (batch, self._layout.num_masks + 1))
+            words = pack_windows(self._layout, step.windows, drafts, batch)
+            windows = self._device.decode(words, self._draws(step.windows), masks)
         if step.chunks:
             self._num_prefills += 1
             fixed = [self._handles[chunk.request.number].fixed_words for chunk in step.chunks]
             words = pack_chunks(self._layout, step.chunks, fixed, step.prefill_shape)
-            chunks = self._device.prefill(words, self._draws(step.chunks))
+            masks, _ = self._constraints(step.chunks, (step.prefill_shape[0], 1))
+            chunks = self._device.prefill(words, self._draws(step.chunks), masks)
         return Launched(step, windows, chunks)
+
+    def _constraints(
+        self, planned: Sequence[Window | Chunk], shape: tuple[int, int]
+    ) -> tuple[np.ndarray | None, list[list[int] | None]]:
+        """Masks of a batch, None where everything is permitted, and the drafts that take the place of drawn ones."""
+        found = [self._handles[each.request.number].constraint for each in planned]
+        if not any(found):
+            return None, [None] * len(planned)
+        masks = np.full((*shape, mask_words(self._lm.config.vocab_size)), 0xFFFFFFFF, np.uint32)
+        for row, constraint in enumerate(found):
+            if constraint is not None:
+                masks[row] = constraint.masks[: shape[1]]
+        return masks, [None if constraint is None else constraint.drafts for constraint in found]
 
     def _draws(self, planned: Sequence[Window | Chunk]) -> Draws:
         return max(self._handles[each.request.number].draws for each in planned)
@@ -359,6 +418,8 @@ class Engine:
                     self._handles[chunk.request.number].num_extra_forwards += not chunk.is_last
                     if chunk.commits:
                         self._commit(chunk.request, outcome)
+                    elif chunk.is_last:
+                        self._follow(self._handles[chunk.request.number], [], outcome.drafts)
 
     def _commit(self, request: Request, outcome: Outcome) -> None:
         handle = self._handles[request.number]
@@ -368,9 +429,20 @@ class Engine:
         piece = Piece(outcome.tokens, reason, logprobs=None if num_top is None else unpack_logprobs(outcome, num_top))
         self._num_committed += len(outcome.tokens)
         self._scheduler.read_forward(
-            request, outcome.tokens, has_drafts=outcome.has_drafts, is_finished=reason is not None
+            request, outcome.tokens, has_drafts=bool(outcome.drafts), is_finished=reason is not None
         )
         if reason is None:
             self._deliver(handle, piece)
+            self._follow(handle, outcome.tokens, outcome.drafts)
         else:
             self._end(handle, piece)
+
+    def _follow(self, handle: RequestHandle, tokens: list[int], drafts: list[int]) -> None:
+        """Moves a request on in its grammar."""
+        if handle.constraint is None:
+            return
+        try:
+            handle.constraint.follow(tokens, drafts)
+        except RuntimeError as error:
+            logger.error("request %d: %s", handle.request.number, error)
+            self._drop(handle, Piece([], "error", str(error)))

@@ -10,6 +10,7 @@ import numpy as np
 from idlm_jax.decoding.generate import TokenLogprob
 from idlm_jax.decoding.sampling import SamplingParams
 from serve.device import Draws, draws_of
+from serve.grammar import Constraint
 from serve.packing import Tally
 from serve.requests import Request
 
@@ -45,6 +46,7 @@ class RequestHandle:
         request: Request,
         params: SamplingParams,
         fixed_words: np.ndarray,
+        constraint: Constraint | None,
         abort: Callable[["RequestHandle"], None],
         deliver: Callable[[Piece], None] | None,
         tally: Tally,
@@ -52,7 +54,8 @@ class RequestHandle:
         """Args: as `Engine.submit` makes them; `fixed_words` is what the device is told of `params`."""
         self.request = request
         self.params = params
-        self.draws: Draws = draws_of(params)
+        self.constraint = constraint
+        self.draws: Draws = draws_of(params, has_grammar=constraint is not None)
         self.fixed_words = fixed_words
         self.num_extra_forwards = 0  # prefill forwards before the one that commits
         self._abort = abort

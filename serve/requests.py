@@ -67,7 +67,18 @@ class Request:
 
     _numbers = itertools.count()
 
-    def __init__(self, prompt: Sequence[int], max_tokens: int):
+    def __init__(
+        self, prompt: Sequence[int], max_tokens: int, *, is_stepwise: bool = False, reads_whole_prompt: bool = False
+    ):
+        """A request before its admission.
+
+        Args:
+            prompt: token ids.
+            max_tokens: most tokens to generate.
+            is_stepwise: the host must have read a forward before it can plan the next one.
+            reads_whole_prompt: its prefill may not skip what the prefix cache holds.
+        """
+        self.is_stepwise, self.reads_whole_prompt = is_stepwise, reads_whole_prompt
         self.number = next(Request._numbers)
         self.tokens = list(prompt)
         self.prompt_len = len(prompt)
@@ -78,6 +89,7 @@ class Request:
         self.num_published = 0  # of its pages, those whose tokens are committed and can be found by others
         self.prefilled = 0  # prompt tokens in the pages or on their way there
         self.in_flight = 0  # forwards that commit tokens, planned and not yet read
+        self.has_unread_prefill = False  # the end of its prompt is planned, and not yet read
         # Counts the slots it has had: what was planned for an earlier one is void.
         self.epoch = 0
         self.has_drafts = False  # whether the last forward read left drafts to verify

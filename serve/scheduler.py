@@ -54,14 +54,19 @@ class Scheduler:
 
     def check_fits(self, prompt_len: int, max_tokens: int) -> None:
         """Raises ValueError if a request of this size could not run even if it were alone."""
-        room = self.pool.num_usable * self.limits.page_size
-        longest = min(self.limits.max_len, room - self.limits.span(0))
+        longest = self.longest_request
         if prompt_len < 1 or max_tokens < 1:
             raise ValueError(f"a prompt of {prompt_len} tokens and max_tokens={max_tokens}: both must be at least 1")
         if prompt_len + max_tokens > longest:
             raise ValueError(
                 f"a prompt of {prompt_len} tokens and max_tokens={max_tokens} exceed the {longest} tokens of a request"
             )
+
+    @property
+    def longest_request(self) -> int:
+        """Most tokens of a request, prompt and completion; the pool must hold them and room for drafts."""
+        room = self.pool.num_usable * self.limits.page_size
+        return min(self.limits.max_len, room - self.limits.span(0))
 
     def plan(self) -> Step | None:
         """The next step, or None if there is nothing to compute before earlier steps are read."""
@@ -75,6 +80,7 @@ class Scheduler:
             window.request.in_flight += 1
         for chunk in chunks:
             chunk.request.in_flight += chunk.commits
+            chunk.request.has_unread_prefill = chunk.is_last
         return Step(stride, windows, shape, chunks)
 
     def stride_for(self, num_decoding: int) -> int:
@@ -84,6 +90,7 @@ class Scheduler:
 
     def read_chunk(self, chunk: Chunk) -> None:
         """The chunk is in its pages. If it commits, `read_forward` follows."""
+        chunk.request.has_unread_prefill &= not chunk.is_last
         self._publish(chunk.request, chunk.start + chunk.num_tokens)
 
     def read_forward(self, request: Request, tokens: Sequence[int], *, has_drafts: bool, is_finished: bool) -> None:
@@ -124,6 +131,8 @@ class Scheduler:
             is_over = len(request.tokens) + request.in_flight >= request.end
             if request.phase is not Phase.DECODE or is_over:
                 continue
+            if request.is_stepwise and (request.in_flight or request.has_unread_prefill):
+                continue
             context_len = len(request.tokens) - 1 + request.in_flight * stride  # at most
             first = len(request.pages)
             missing = self.limits.pages_for(request, context_len + 2 * stride - 1) - first
@@ -158,6 +167,7 @@ class Scheduler:
         request.phase, request.slot, request.pages = phase, -1, []
         request.epoch += 1
         request.in_flight = request.prefilled = request.num_published = 0
+        request.has_unread_prefill = False
 
     def _admit(self) -> None:
         """First come, first served: nobody overtakes a request that waits for pages."""
@@ -165,7 +175,8 @@ class Scheduler:
             request = self.waiting[0]
             size, prompt_len = self.limits.page_size, request.prefill_len
             # The last token must be computed, for its logits.
-            pages = self.pool.match(request.page_keys((prompt_len - 1) // size, size))
+            num_full = 0 if request.reads_whole_prompt else (prompt_len - 1) // size
+            pages = self.pool.match(request.page_keys(num_full, size))
             # The prompt, and the first window behind it.
             missing = max(self.limits.pages_for(request, prompt_len + self.limits.window_len) - len(pages), 0)
             # A page to grow for everybody who runs, or the newcomer would soon be preempted.

@@ -12,6 +12,7 @@ from idlm_jax.decoding.loop import run_loop, run_prefill
 from idlm_jax.decoding.method import ISD, Method, StepPlan
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
+from idlm_jax.decoding.shaping import shaping_of
 from idlm_jax.decoding.state import DecodeState, Finish, initial_state
 from idlm_jax.model.language_model import LanguageModel
 from pallas_kernels.verify import Sampling
@@ -121,7 +122,8 @@ def prepare_batch(
     """Checks lengths, pads to buckets and moves a batch to the device.
 
     Raises:
-        ValueError: prompt plus `max_tokens` exceeds the model's positions, or the model has no MASK id for ISD.
+        ValueError: prompt plus `max_tokens` exceeds the model's positions, a bias names an id outside the vocabulary,
+            or the model has no MASK id for ISD.
     """
     config = lm.config
     if method.num_masks and config.mask_token_id is None:
@@ -168,7 +170,14 @@ def prepare_batch(
     )
     # Padding slots: one-token prompts with no budget, done before they start.
     state = initial_state(
-        config, plan, tokens, column(prompt_lens, 1, np.int32), column(ends, 1, np.int32), stop_ids, sampling
+        config,
+        plan,
+        tokens,
+        column(prompt_lens, 1, np.int32),
+        column(ends, 1, np.int32),
+        stop_ids,
+        sampling,
+        shaping=shaping_of(params, prompts, slots, config.vocab_size),
     )
     return PreparedBatch(plan, state, prompt_lens, prefill_rows)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.method import StepPlan
+from idlm_jax.decoding.shaping import Shaping
 from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache, contiguous_pages, empty_cache
 from pallas_kernels.verify import RowStats, Sampling
 
@@ -67,6 +68,7 @@ class DecodeState(NamedTuple):
     proposal_stats: RowStats | None
     num_proposals: Int[Array, " B"]  # 0 means that the next forward is a cold start
     sampling: Sampling
+    shaping: Shaping | None  # None where nobody wants anything of it
     counts: Counts
     page_table: Int[Array, "B pages"]
     cache: KVCache
@@ -81,6 +83,7 @@ def initial_state(
     stop_ids: Int[np.ndarray, "B E"],
     sampling: Sampling,
     paging: tuple[Int[Array, "B pages"], KVCache] | None = None,
+    shaping: Shaping | None = None,
 ) -> DecodeState:
     """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done.
 
@@ -93,6 +96,7 @@ def initial_state(
         stop_ids: padded with -1.
         sampling: of each request.
         paging: page table and pool; by default a pool cut into one equal stretch per request.
+        shaping: of each request, if any wants it.
     """
     batch, capacity = tokens.shape
     num_masks = plan.num_masks
@@ -128,6 +132,7 @@ def initial_state(
         proposal_stats=proposal_stats,
         num_proposals=zeros(),
         sampling=sampling,
+        shaping=shaping,
         counts=Counts(
             forwards=zeros(),
             cold_starts=zeros(),

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from idlm_jax.decoding.method import StepPlan
+from idlm_jax.decoding.shaping import count, shape
 from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, Logprobs
 from idlm_jax.decoding.window import build_window
 from idlm_jax.model.attention import paged_attend
@@ -37,7 +38,14 @@ def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) ->
 
 
 def prefill_chunk(
-    module: Qwen3, plan: StepPlan, state: DecodeState, tokens: Int[Array, "B R"], start: Int[Array, " B"]
+    module: Qwen3,
+    plan: StepPlan,
+    state: DecodeState,
+    tokens: Int[Array, "B R"],
+    start: Int[Array, " B"],
+    *,
+    known: Int[Array, " B"] | None = None,
+    allowed: UInt[Array, "B 1 words"] | None = None,
 ) -> tuple[DecodeState, Committed]:
     """Reads stretches of prompts, each behind what is already in its pages; a running slot's stretch ends its prompt.
 
@@ -52,6 +60,8 @@ def prefill_chunk(
         state: `context_len` and `finish` say where each stretch ends and whether the prompt does.
         tokens: padded stretches.
         start: position of each one's first token.
+        known: the token to commit, where it was drawn before; -1 draws one.
+        allowed: as in `shape`, for the first token.
     """
     num_tokens = (state.context_len + 1 - start)[:, None]
     index = jnp.arange(tokens.shape[1] + plan.num_masks, dtype=jnp.int32)[None]
@@ -67,7 +77,8 @@ def prefill_chunk(
     # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
     rows = num_tokens - 1 + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
     used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), used, jnp.zeros_like(num_tokens))
+    state = state._replace(cache=cache)
+    return _commit_and_draft(module, plan, state, used, jnp.zeros_like(num_tokens), known=known, allowed=allowed)
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
@@ -75,8 +86,10 @@ def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeStat
     return record(*decode_window(module, plan, state))
 
 
-def decode_window(module: Qwen3, plan: StepPlan, state: DecodeState) -> tuple[DecodeState, Committed]:
-    """`decode_step` for an owner that keeps the committed tokens itself."""
+def decode_window(
+    module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None = None
+) -> tuple[DecodeState, Committed]:
+    """`decode_step` for an owner that keeps the committed tokens itself; `allowed` as in `shape`, for the anchors."""
     group_prefix = state.num_proposals[:, None]  # one group, behind the last draft
     window = build_window(
         jnp.concatenate([state.pending[:, None], state.proposals], axis=1),
@@ -94,7 +107,7 @@ def decode_window(module: Qwen3, plan: StepPlan, state: DecodeState) -> tuple[De
         carried=state.cache,
         lora_gate=window.is_mask,
     )
-    return _commit_and_draft(module, plan, state._replace(cache=cache), hidden, group_prefix)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), hidden, group_prefix, allowed=allowed)
 
 
 def _commit_and_draft(
@@ -103,6 +116,9 @@ def _commit_and_draft(
     state: DecodeState,
     hidden: Float[Array, "B W D"],
     group_prefix: Int[Array, "B P"],
+    *,
+    known: Int[Array, " B"] | None = None,
+    allowed: UInt[Array, "B C words"] | None = None,
 ) -> tuple[DecodeState, Committed]:
     """Turns hidden states into committed tokens and new proposals.
 
@@ -113,13 +129,18 @@ def _commit_and_draft(
         hidden: of the pending token and of every draft (of the pending token alone in a prefill), then of all MASK
             groups, group after group.
         group_prefix: drafts that each group took for granted.
+        known: as in `prefill_chunk`.
+        allowed: as in `shape`, for the anchors; needs `state.shaping`.
     """
     num_anchors = hidden.shape[1] - group_prefix.shape[1] * plan.num_masks
     num_checked = num_anchors - 1
     # One product for all rows: the head is read once.
     logits = module.logits(hidden)
-    anchor_logits = logits[:, :num_anchors]
+    raw_logits = anchor_logits = logits[:, :num_anchors]
     drafts = state.proposals[:, :num_checked]
+    if state.shaping is not None:
+        where, temperature = state.context_len + 1, state.sampling.temperature
+        anchor_logits = shape(raw_logits, state.shaping, drafts, where, state.stop_ids, temperature, allowed)
     has_logits = plan.keeps_proposal_logits and num_checked > 0
     verdict = verify(
         anchor_logits,
@@ -133,7 +154,8 @@ def _commit_and_draft(
     )
     depths = jnp.arange(num_anchors, dtype=jnp.int32)[None]
     is_final = depths == verdict.accepted_len[:, None]
-    candidates = jnp.where(is_final, verdict.next_token[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
+    next_token = verdict.next_token if known is None else jnp.where(known >= 0, known, verdict.next_token)
+    candidates = jnp.where(is_final, next_token[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
     num_committed, finish = _how_many(state, candidates, verdict.accepted_len)
     is_running = state.finish == Finish.RUNNING
     counts = _count(state, verdict, num_committed, is_running)
@@ -143,8 +165,9 @@ def _commit_and_draft(
         context_len=state.context_len + num_committed,
         finish=finish,
         counts=counts,
+        shaping=None if state.shaping is None else count(state.shaping, candidates, num_committed),
     )
-    committed = Committed(candidates, num_committed, _logprobs_of(plan, anchor_logits, candidates))
+    committed = Committed(candidates, num_committed, _logprobs_of(plan, raw_logits, candidates))
     state = _draft(module, plan, state, logits[:, num_anchors:], group_prefix, verdict.accepted_len)
     return state, committed
 
@@ -249,6 +272,9 @@ def _draft(
     matches = group_prefix == accepted_len[:, None]
     groups = mask_logits.reshape(batch, num_groups, plan.num_masks, -1)
     chosen = jnp.take_along_axis(groups, jnp.argmax(matches, axis=1)[:, None, None, None], axis=1)[:, 0]
+    if state.shaping is not None:
+        behind, where = jnp.zeros((batch, 0), jnp.int32), state.context_len + 1
+        chosen = shape(chosen, state.shaping, behind, where, state.stop_ids, state.sampling.temperature, None)
     # MASK k behind the accepted drafts predicts the token k places after the one just committed.
     proposals, stats = draft(
         chosen, state.sampling, state.context_len + 1, argmax=plan.argmax_proposals, **_options(module, plan)

@@ -14,7 +14,7 @@ from scipy.stats import chi2
 from idlm_jax.config import LoraConfig
 from idlm_jax.decoding import AR, ISD, SamplingParams, generate
 from idlm_jax.model.language_model import LanguageModel, from_module
-from tests.decoding.twin import dense_probs
+from tests.decoding.twin import dense_probs, shaped
 from tests.support.tiny_model import randomize_adapter, sharpen, tiny_module
 
 FALSE_ALARM = 1e-5
@@ -22,6 +22,16 @@ PROMPT = [1, 3, 0, 2]
 LENGTH = 4
 SAMPLES = 4096
 PLAIN = SamplingParams(max_tokens=LENGTH, temperature=1.0)
+SHAPED = SamplingParams(
+    max_tokens=LENGTH,
+    temperature=1.5,
+    top_k=4,
+    min_p=0.02,
+    presence_penalty=0.7,
+    frequency_penalty=0.5,
+    repetition_penalty=1.3,
+    logit_bias=((2, 1.5), (4, -1.0)),
+)
 FILTERED = SamplingParams(max_tokens=LENGTH, temperature=1.3, top_k=3, top_p=0.85)
 
 
@@ -41,7 +51,7 @@ def exact_distribution(lm: LanguageModel, params: SamplingParams) -> dict[tuple[
         prefixes = [key for key in probs if len(key) == length]
         logits = np.asarray(lm.logits(np.array([PROMPT + list(prefix) for prefix in prefixes], np.int32)))[:, -1]
         for prefix, row in zip(prefixes, logits, strict=True):
-            p = dense_probs(row, params, mask_id)
+            p = dense_probs(shaped(row, params, PROMPT, list(prefix), set(params.stop_token_ids)), params, mask_id)
             for token in range(vocab_size):
                 probs[*prefix, token] = probs[prefix] * p[token]
     return {key: value for key, value in probs.items() if len(key) == LENGTH}
@@ -81,6 +91,12 @@ def p_value(lm: LanguageModel, method: AR | ISD, params: SamplingParams) -> floa
 )
 def test_samples_follow_the_causal_distribution(lm, method, params):
     assert p_value(lm, method, params) >= FALSE_ALARM
+
+
+@pytest.mark.parametrize("method", [AR(), ISD(stride=3), ISD(stride=4, proposals="argmax")], ids=str)
+def test_samples_follow_the_distribution_that_penalties_and_biases_leave(lm, method):
+    """Each row of a window is shaped by the drafts before it; rows shaped by the committed tokens alone fail this."""
+    assert p_value(lm, method, SHAPED) >= FALSE_ALARM
 
 
 @pytest.mark.slow

@@ -49,6 +49,25 @@ def dense_probs(logits: np.ndarray, params: SamplingParams, mask_id: int | None)
     return final / final.sum()
 
 
+def shaped(
+    logits: np.ndarray, params: SamplingParams, prompt: list[int], generated: list[int], stops: set[int]
+) -> np.ndarray:
+    """The logits of the token behind prompt and completion, one id after the other."""
+    x = logits.astype(np.float64).copy()
+    for token, bias in params.logit_bias:
+        x[token] += bias
+    for token in range(len(x)):
+        times = generated.count(token)
+        if times or token in prompt:
+            x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+        x[token] -= params.frequency_penalty * times + params.presence_penalty * (times > 0)
+        if token in stops and len(generated) < params.min_tokens:
+            x[token] = -np.inf
+    if params.temperature > 0 and params.min_p > 0:
+        x[np.exp((x - x.max()) / params.temperature) < params.min_p] = -np.inf
+    return x
+
+
 def _draw(probs: np.ndarray, params: SamplingParams, position: int, purpose: Purpose) -> int:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(params.seed), position), purpose)
     with np.errstate(divide="ignore"):
@@ -81,6 +100,9 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
         tokens[is_mask] = mask_id or 0
         return np.asarray(all_logits(jnp.asarray(tokens), jnp.asarray(is_mask)))
 
+    def probs(row: np.ndarray, before: list[int]) -> np.ndarray:
+        return dense_probs(shaped(row, params, prompt, before[len(prompt) :], stops), params, mask_id)
+
     committed, drafts, draft_probs, forwards = list(prompt), [], [], 0
     end, stops = len(prompt) + params.max_tokens, {*params.stop_token_ids, *lm.config.eos_token_ids}
     while True:
@@ -89,7 +111,7 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
         new: list[int] = []
         for draft, q in zip(drafts, draft_probs, strict=True):
             position = len(committed) + len(new)
-            p = dense_probs(logits[position - 1], params, mask_id)
+            p = probs(logits[position - 1], committed + new)
             if _uniform(params, position) * q[draft] < p[draft]:
                 new.append(draft)
                 continue
@@ -98,7 +120,7 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
             break
         else:
             position = len(committed) + len(drafts)
-            p = dense_probs(logits[position - 1], params, mask_id)
+            p = probs(logits[position - 1], committed + new)
             new.append(_draw(p, params, position, Purpose.COMMIT))
         all_accepted = len(new) == len(drafts) + 1
         first_mask = len(committed) + len(drafts)
@@ -109,7 +131,7 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
         drafts, draft_probs = [], []
         if all_accepted:
             for k in range(method.num_masks):
-                q = dense_probs(logits[first_mask + k], params, mask_id)
+                q = probs(logits[first_mask + k], committed)
                 argmax = isinstance(method, ISD) and method.proposals == "argmax"
                 draft = int(np.argmax(q)) if argmax else _draw(q, params, len(committed) + k, Purpose.PROPOSE)
                 drafts.append(draft)

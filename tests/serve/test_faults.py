@@ -21,18 +21,18 @@ class Faulty:
         self.when_read, self.comes_back = when_read, comes_back
         self.may_fail = threading.Event()
 
-    def decode(self, words: np.ndarray, draws: Draws) -> ReadLater:
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater:
         self.countdown -= 1
         if self.countdown == 0:
             assert self.may_fail.wait(60)
             if self.when_read:
-                self.device.decode(words, draws)
+                self.device.decode(words, draws, masks)
                 return Poisoned()
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return self.device.decode(words, draws)
+        return self.device.decode(words, draws, masks)
 
-    def prefill(self, words: np.ndarray, draws: Draws) -> ReadLater:
-        return self.device.prefill(words, draws)
+    def prefill(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater:
+        return self.device.prefill(words, draws, masks)
 
     def reset(self) -> None:
         if not self.comes_back:

@@ -26,9 +26,9 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(lm):
     log: list[tuple[str, int]] = []
 
     class Logged(StandIn):
-        def decode(self, words: np.ndarray, draws: Draws) -> "Read":
+        def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> "Read":
             log.append(("launch", len(log)))
-            return Read(super().decode(words, draws), len(log) - 1)
+            return Read(super().decode(words, draws, masks), len(log) - 1)
 
     class Read:
         def __init__(self, outcome: Later, number: int):
@@ -38,7 +38,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(lm):
             log.append(("read", self.number))
             return np.asarray(self.outcome)
 
-    layout = layout_of(CONFIG.limits(lm.config), CONFIG.max_stop_ids)
+    layout = layout_of(CONFIG.limits(lm.config), CONFIG.max_stop_ids, CONFIG.num_biases)
     with Engine(lm, CONFIG, device=Logged(layout, 0.0)) as engine:
         engine.submit([1, 2, 3], SamplingParams(max_tokens=60)).result()
     launches = [at for at, (kind, _) in enumerate(log) if kind == "launch"]

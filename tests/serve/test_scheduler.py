@@ -44,10 +44,16 @@ class Serving(RuleBasedStateMachine):
         self.aborted: set[Request] = set()
 
     # Prompts over two ids, of several pages: most share their beginnings.
-    @rule(start=st.integers(0, 1), length=st.integers(1, 22), max_tokens=st.integers(1, 18))
-    def submit(self, start: int, length: int, max_tokens: int) -> None:
+    @rule(
+        start=st.integers(0, 1),
+        length=st.integers(1, 22),
+        max_tokens=st.integers(1, 18),
+        is_stepwise=st.booleans(),
+        reads_whole_prompt=st.booleans(),
+    )
+    def submit(self, start: int, length: int, max_tokens: int, is_stepwise: bool, reads_whole_prompt: bool) -> None:
         prompt = [1 + start] * min(length, 9) + [3] * max(length - 9, 0)
-        request = Request(prompt, max_tokens)
+        request = Request(prompt, max_tokens, is_stepwise=is_stepwise, reads_whole_prompt=reads_whole_prompt)
         self.scheduler.add(request)
         self.prompts[request] = prompt
 
@@ -56,10 +62,18 @@ class Serving(RuleBasedStateMachine):
         step = self.scheduler.plan()
         if step is not None:
             rows = len(step.windows) * self.sizes.window_len + step.prefill_shape[0] * step.prefill_shape[1]
+            for window in step.windows:
+                assert not window.request.is_stepwise or self.is_read(window.request), "planned on what is not known"
+            assert not any(c.request.reads_whole_prompt and c.request.num_cached_tokens for c in step.chunks)
             assert not step.chunks or rows <= self.sizes.max_step_rows or step.prefill_shape == SHAPES[0]
             self.in_flight.append((step, self.device.run(step)))
         if len(self.in_flight) > 1 or (step is None and self.in_flight):
             self.read()
+
+    def is_read(self, request: Request) -> bool:
+        """Whether no step in flight holds news of it."""
+        parts = [part for step, _ in self.in_flight for part in (*step.windows, *step.chunks)]
+        return not any(part.request is request and not part.is_void for part in parts)
 
     def read(self) -> None:
         for request in report(self.scheduler, *self.in_flight.popleft()):
