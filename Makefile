@@ -32,14 +32,15 @@ test: lint  ## lint and all tests but the longest (proofs) and those that need a
 	.venv/bin/pytest $(parallel)
 
 test-fast: .venv/.dev  ## tests that take seconds
-	.venv/bin/pytest $(parallel) -m "not slow and not compile"
+	.venv/bin/pytest $(parallel) -m "not slow and not compile and not proof and not browser"
 
 test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: what they touch, without slow; compile for H200 and TPU
-	.venv-next/bin/pytest $(parallel) -m "not torch and not slow" --ignore tests/parity --ignore tests/cli --ignore tests/benchmarks \
+	.venv-next/bin/pytest $(parallel) -m "not torch and not slow and not proof and not browser" --ignore tests/parity --ignore tests/cli --ignore tests/benchmarks \
 	    --ignore tests/serve/test_http.py --ignore tests/train/test_watch.py
 
-proofs: .venv/.dev  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
-	.venv/bin/pytest $(parallel) -m proof
+proofs: .venv/.dev .venv-next/.dev  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
+	.venv/bin/pytest $(parallel) -m "proof and not compile"
+	.venv-next/bin/pytest $(parallel) -m "proof and compile"
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled

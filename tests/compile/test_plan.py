@@ -19,6 +19,7 @@ def test_a_config_fits_the_devices_that_it_names(name, target):
     assert "fits" in list(describe(plan, config))[-1]
 
 
+@pytest.mark.proof
 def test_all_of_8b_in_float32_with_moments_does_not_fit_one_gpu():
     config = load_config("configs/qwen3_8b.yaml", ["gradient_accumulation_steps=32"])
     plan = make_plan(config, "h100x1")
@@ -26,6 +27,7 @@ def test_all_of_8b_in_float32_with_moments_does_not_fit_one_gpu():
     assert "DOES NOT FIT" in list(describe(plan, config))[-1]
 
 
+@pytest.mark.proof
 def test_an_adapter_of_8b_trains_on_one_h200_without_a_score_matrix():
     lora = ["lora.rank=128", "lora.alpha=256", "param_dtype=bfloat16", "curriculum=[]"]
     config = load_config("configs/qwen3_8b.yaml", [*lora, "batch_size=1", "gradient_accumulation_steps=1"])

@@ -11,7 +11,9 @@ pytestmark = pytest.mark.compile
 LAYER_WEIGHTS = 387_000_000
 
 
-@pytest.mark.parametrize(("batch", "pool_tokens"), [(1, 32_832), (8, 131_072), (64, 524_288)])
+@pytest.mark.parametrize(
+    ("batch", "pool_tokens"), [(1, 32_832), pytest.param(8, 131_072, marks=pytest.mark.proof), (64, 524_288)]
+)
 def test_decode_step_at_32k_compiles_for_an_h200(batch, pool_tokens):
     compiled, state = compile_decode_step(h200_mesh(), kernels="triton", batch=batch, pool_tokens=pool_tokens)
     memory = compiled.memory_analysis()
@@ -23,7 +25,12 @@ def test_decode_step_at_32k_compiles_for_an_h200(batch, pool_tokens):
 
 
 @pytest.mark.parametrize(
-    ("topology", "batch", "pool_tokens"), [("v6e:2x2", 1, 32_832), ("v6e:2x2", 8, 65_536), ("v5p:2x2x1", 64, 262_144)]
+    ("topology", "batch", "pool_tokens"),
+    [
+        ("v6e:2x2", 1, 32_832),
+        pytest.param("v6e:2x2", 8, 65_536, marks=pytest.mark.proof),
+        ("v5p:2x2x1", 64, 262_144),
+    ],
 )
 def test_decode_step_at_32k_compiles_for_one_tpu_chip(topology, batch, pool_tokens):
     mesh = tpu_mesh(topology, (1,), ("data",))

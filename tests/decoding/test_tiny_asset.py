@@ -30,7 +30,7 @@ def base_completions() -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+@pytest.mark.parametrize("stride", [*(pytest.param(stride, marks=pytest.mark.proof) for stride in (2, 3, 8)), 4])
 def test_r_isd_writes_what_the_base_model_writes(r_isd, base_completions, stride):
     completions = generate(r_isd, real_prompts(), ISD(stride=stride), GREEDY)
     assert [c.token_ids for c in completions] == base_completions

@@ -170,6 +170,7 @@ def test_an_unforeseen_shape_is_an_error(device):
         device.decode(np.zeros((3, 4), np.int32), Draws.GREEDY)
 
 
+@pytest.mark.slow
 def test_greedy_programs_leave_what_later_draws_for_others_need(lm):
     """A step of greedy requests alone runs another program than the one after a sampled request has arrived."""
     config = dataclasses.replace(CONFIG, decode_batches=(2,), max_running=2, prefill_shapes=((1, 16),))

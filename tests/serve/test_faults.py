@@ -1,6 +1,8 @@
 """A failed step, a caller who does not listen, a device that stays away: who suffers, and what the rest is told."""
 
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -141,3 +143,28 @@ def test_pieces_go_where_the_caller_wants_them(start):
     assert done.wait(60)
     assert sum(len(piece.token_ids) for piece in pieces) == 24
     assert len(pieces) == handle.num_forwards
+
+
+def test_an_engine_that_waits_for_its_device_is_seen_to_stall_and_an_idle_one_is_not(device, start):
+    faulty = Faulty(device, 1)
+    engine = start(device=faulty)
+    assert engine.stalled_s == 0.0
+    handle = engine.submit([1, 2, 3], SamplingParams(max_tokens=2))
+    assert poll(lambda: engine.stalled_s > 0.2)  # its decode hangs until the fault is let loose
+    handle.abort()
+    faulty.may_fail.set()
+    assert poll(lambda: engine.stalled_s == 0.0)
+
+
+def test_a_closed_engine_says_so(start):
+    engine = start()
+    assert engine.failure is None
+    engine.close()
+    assert engine.failure == "the engine is closed"
+
+
+def poll(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()

@@ -57,7 +57,7 @@ def everything(config: TrainConfig):
     return exported, saved, records
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_killed_twice_equals_uninterrupted_bit_for_bit(dataset, tmp_path):
     changes = {
         "objective": "introspective",
@@ -103,6 +103,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_earlier_checkpoints(dataset, tmp_path):
     config = tiny_run(dataset, tmp_path, model=TINY_MODEL | {"hidden_size": 128}, steps=6, eval_batches=0)
     answers = iter([False, True])
@@ -115,6 +116,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_earlier_checkpoints
     assert run_training(config, echo=lambda line: None).is_finished
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_and_the_same_command_resumes(dataset, tmp_path):
     config = tiny_run(dataset, tmp_path, steps=10**6, save_every=10**6, eval_batches=0)
     command = [sys.executable, "-m", "train", str(write(config, tmp_path / "run.yaml"))]
