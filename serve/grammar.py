@@ -38,7 +38,7 @@ class Matcher:
             if self._matcher.is_stopped() and _permits(self._only_end, token):
                 continue  # a text that cannot go on is complete before its end is said
             if not self._matcher.consume_token(token):
-                raise RuntimeError(f"token {token} does not obey the grammar: {self._matcher.get_error()}")
+                raise RuntimeError(f"token {token} does not obey the grammar: {_first_line(self._matcher)}")
 
     def look_ahead(self, drafts: Sequence[int], num_masks: int) -> tuple[np.ndarray, list[int]]:
         """What may follow the committed tokens, and each draft after those before it.
@@ -73,9 +73,9 @@ class Matcher:
             self.advance(given[place : place + 1])
             num_taken += 1
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be followed: {self._matcher.get_error()}")
-        if num_taken:
-            self._matcher.rollback(num_taken)
+            raise RuntimeError(f"the grammar cannot be followed: {_first_line(self._matcher)}")
+        if num_taken and not self._matcher.rollback(num_taken):
+            raise RuntimeError(f"the grammar cannot take drafts back: {_first_line(self._matcher)}")
         return masks, given
 
 
@@ -126,8 +126,13 @@ class Grammars:
         """
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise ValueError(f"the grammar cannot be used: {matcher.get_error().strip().splitlines()[0]}")
+            raise ValueError(f"the grammar cannot be used: {_first_line(matcher)}")
         return Matcher(matcher, self._vocab_size, self._eos_token_ids)
+
+
+def _first_line(matcher: LLMatcher) -> str:
+    # The rest is the state of the parser, the grammar included.
+    return (matcher.get_error().strip() or "no reason given").splitlines()[0]
 
 
 def _permits(mask: np.ndarray, token: int) -> bool:

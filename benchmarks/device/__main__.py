@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.device import torch_rivals
+from benchmarks.device import serve_steps, torch_rivals, train_steps
 from benchmarks.device.budget import Budget
 from benchmarks.device.case import KERNEL_BODY, Case, setting_of
 from benchmarks.device.cases import OPS, cases_of
@@ -18,8 +18,9 @@ from benchmarks.device.checks import FAIL, check_all
 from benchmarks.device.compiling import Compiler
 from benchmarks.device.floors import measure_floors
 from benchmarks.device.report import Report, default_folder, describe_environment
+from benchmarks.device.serve_steps import ServeCase, time_serving
 from benchmarks.device.speed import time_all
-from benchmarks.device.train_steps import CASES, DRY, StepCase, time_steps
+from benchmarks.device.train_steps import StepCase, time_steps
 from benchmarks.device.tuning import tune, winners
 
 DESCRIPTION = """\
@@ -29,6 +30,7 @@ Checks, times and tunes the kernels on the accelerator of this machine.
   run.sh kernels --only verify       one op (comma-separated for more)
   run.sh tune quantized_matmul       tries tile sizes, prints the winners as text for the op's tiles.py
   run.sh train                       whole training steps: 8B with an adapter, 24 layers of 8B, 0.6B, 1.7B; MFU
+  run.sh serve                       the server's decode step, 8B: AR and ISD at several batches and contexts
   run.sh kernels --dry               the same path on a CPU in seconds: tiny shapes, interpreters, no figures
 
 A run ends within --budget-s whatever happens: what no longer fits is listed as "skipped (time)".
@@ -117,10 +119,22 @@ def run_train(options: argparse.Namespace, cases: list[StepCase], report: Report
         _finish(compiler, report, budget, options.out, "train")
 
 
+def run_serve(options: argparse.Namespace, cases: list[ServeCase], report: Report, budget: Budget) -> None:
+    """Times decode steps of the server, AR and ISD."""
+    compiler = Compiler()
+    try:
+        platform = "cpu" if options.dry else jax.default_backend()
+        report.serving = time_serving(cases, budget, platform, is_dry=bool(options.dry))
+    finally:
+        _finish(compiler, report, budget, options.out, "serve")
+
+
+WHOLE_STEPS: dict[str, Any] = {"train": train_steps, "serve": serve_steps}
 PARTS: dict[str, Callable[[argparse.Namespace, Any, Report, Budget], None]] = {
     "kernels": run_kernels,
     "tune": run_tune,
     "train": run_train,
+    "serve": run_serve,
 }
 
 
@@ -152,9 +166,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"run.sh: {error}", file=sys.stderr)
         return 2
     cases: Sequence[Any]
-    if options.part == "train":
-        ops = ("train",)
-        cases = [case for case in (DRY if options.dry else CASES) if options.shapes in case.name]
+    if steps := WHOLE_STEPS.get(options.part):
+        ops = (options.part,)
+        cases = [case for case in (steps.DRY if options.dry else steps.CASES) if options.shapes in case.name]
     else:
         ops = (options.op,) if options.part == "tune" else options.only
         of_ops = [case for op in ops for case in cases_of(op, setting) if options.shapes in case.name]

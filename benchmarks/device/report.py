@@ -16,6 +16,7 @@ import jax
 
 from benchmarks.device.checks import FAIL, Check
 from benchmarks.device.floors import Floors
+from benchmarks.device.serve_steps import ServeSpeed
 from benchmarks.device.speed import Speed
 from benchmarks.device.train_steps import StepSpeed
 from benchmarks.device.tuning import Candidate
@@ -35,6 +36,7 @@ class Report:
         checks: correctness.
         speeds: our bodies and their rivals.
         steps: whole training steps.
+        serving: decode steps of the server.
         torch: lines of `torch_rivals.py`, or why there are none.
         candidates: tile choices.
         tiles_entry: the winners, as text for `tiles.py`.
@@ -47,6 +49,7 @@ class Report:
     checks: list[Check] = dataclasses.field(default_factory=list)
     speeds: list[Speed] = dataclasses.field(default_factory=list)
     steps: list[StepSpeed] = dataclasses.field(default_factory=list)
+    serving: list[ServeSpeed] = dataclasses.field(default_factory=list)
     torch: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     tiles_entry: str = ""
@@ -90,6 +93,13 @@ class Report:
                 "## Training steps\n\nRandom weights, full rows of random tokens, all supervised. MFU counts what the "
                 "method needs (`train/flops.py`) against the published bfloat16 peak.\n\n"
                 + _table(*_step_rows(self.steps))
+            )
+        if self.serving:
+            sections.append(
+                "## Decode steps of the server\n\nRandom weights, greedy, steps launched ahead as the engine does. "
+                '"Break-even" is what a forward must commit to equal AR here: the ratio of the two steps. The last '
+                "column is derived, not measured: tokens/s if drafts were accepted as the tiny adapter's are "
+                "(`TRACE` in `serve_steps.py`).\n\n" + _table(*_serving_rows(self.serving))
             )
         if self.torch:
             sections.append(
@@ -193,6 +203,21 @@ def _step_rows(steps: list[StepSpeed]) -> tuple[list[str], list[list[str]]]:
         for step in steps
     ]
     return ["case", "G params", "median ms", "IQR ms", "tokens/s", "MFU", "GB", "loss", "note"], rows
+
+
+def _serving_rows(speeds: list[ServeSpeed]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [
+            speed.case,
+            _figure(speed.median_ms, "{:.3f}"),
+            _figure(speed.iqr_ms, "{:.3f}"),
+            _figure(speed.break_even, "{:.2f}"),
+            _figure(speed.trace_tokens_per_s, "{:,.0f}"),
+            speed.note,
+        ]
+        for speed in speeds
+    ]
+    return ["case", "median ms", "IQR ms", "break-even TPF", "tokens/s at the trace's TPF (derived)", "note"], rows
 
 
 def _torch_rows(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

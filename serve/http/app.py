@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import jax
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,9 +28,11 @@ from serve.http.errors import ApiError, from_validation
 from serve.http.gate import Gate
 from serve.http.jobs import Job, Jobs
 from serve.http.metrics import EngineCollector, Latencies
+from serve.http.page import routes
 from serve.http.prompts import encode_chat
 from serve.http.replies import events, whole
 from serve.http.schemas import AbortRequest, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serve.official import Defaults
 from serve.scheduler import QueueFull
 
 
@@ -43,6 +46,8 @@ class HttpConfig:
         api_keys: any of them opens all paths; none leaves them open.
         max_body_bytes: largest request.
         health_timeout_s: how long one token may take before `/health_generate` calls the engine ill.
+        watchdog_s: how long requests may wait for a step before `/health` does; a device that hangs says nothing.
+        defaults: for requests that do not say how to sample.
     """
 
     model: str
@@ -50,6 +55,8 @@ class HttpConfig:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
     health_timeout_s: float = 20.0
+    watchdog_s: float = 300.0
+    defaults: Defaults = dataclasses.field(default_factory=Defaults)
 
 
 class EventStream(StreamingResponse):
@@ -76,11 +83,9 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
         raise ValueError(f"{config.model_path} has no tokenizer, and the protocol is made of text")
     tokenizer = lm.tokenizer
     limits = engine_config.limits(lm.config)
-    # The engine keeps a little room of its pool for drafts.
-    max_len = min(limits.max_len, (limits.num_pages - 1) * limits.page_size - 2 * limits.window_len)
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine, limits.num_pages - 1, limits.stride - 1, config.model))
-    jobs = Jobs(engine, lm, max_len, Latencies(registry, config.model))
+    jobs = Jobs(engine, lm, config.defaults, Latencies(registry, config.model))
     started = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -92,6 +97,7 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
     app = FastAPI(title="I-DLM", lifespan=lifespan)
     app.add_middleware(Gate, api_keys=config.api_keys, max_body_bytes=config.max_body_bytes)
     _add_error_handlers(app)
+    app.router.routes += routes()
 
     def check_model(name: str | None) -> None:
         if name not in (None, config.model):
@@ -118,7 +124,7 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
         return await answer(body, request)
 
     card = {"id": config.model, "object": "model", "created": started, "owned_by": "idlm-jax"}
-    card |= {"root": config.model_path, "max_model_len": limits.max_len}
+    card |= {"root": config.model_path, "max_model_len": engine.longest_request}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -131,8 +137,10 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        if jobs.failure is not None:
-            raise ApiError(503, jobs.failure, code="unavailable")
+        if engine.failure is not None:
+            raise ApiError(503, engine.failure, code="unavailable")
+        if engine.stalled_s > config.watchdog_s:
+            raise ApiError(503, f"requests wait, and no step ended for {engine.stalled_s:.0f} s", code="unavailable")
         return Response()
 
     @app.get("/health_generate", response_model=None)
@@ -159,8 +167,9 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
         counts["tally"] = {key: np.asarray(value).tolist() for key, value in counts["tally"].items()}
         method = {"name": type(engine_config.method).__name__, "stride": engine_config.stride}
         info = {"model_path": config.model_path, "served_model_name": config.model, "method": method}
+        info |= {"device": jax.devices()[0].device_kind, "dtype": lm.config.compute_dtype, "jax": jax.__version__}
         sizes = {"max_running_requests": limits.num_slots, "max_queued_requests": limits.max_queued}
-        sizes |= {"context_length": limits.max_len, "num_pages": limits.num_pages}
+        sizes |= {"context_length": engine.longest_request, "num_pages": limits.num_pages}
         return info | sizes | {"internal_states": [state], "stats": counts}
 
     @app.get("/flush_cache", include_in_schema=False)
@@ -185,14 +194,14 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
 
         def work() -> list[int]:
             if text is None:
-                return encode_chat(lm, body.messages, body.chat_template_kwargs)
+                return encode_chat(lm, body.messages, body.tools, body.chat_template_kwargs).token_ids
             return encode_prompt(lm, text, 0) if text else []
 
         try:
             tokens = await jobs.tokenize(work)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": limits.max_len}
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.longest_request}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:

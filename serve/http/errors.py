@@ -49,6 +49,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"unknown parameter {'.'.join(place[1:])!r}", param=param, code="unknown_parameter")
     if kind == "unsupported":
         return ApiError(400, message, param=first["ctx"]["param"], code="unsupported_parameter")
+    if kind == "invalid":
+        return ApiError(400, message, param=first["ctx"]["param"], code="invalid_value")
     if param is None:
         message = f"{message} (send a JSON object, with Content-Type: application/json)"
     return ApiError(400, f"{'.'.join(place[1:]) or 'body'}: {message}", param=param, code="invalid_type")

@@ -8,8 +8,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.http.errors import ApiError
+from serve.http.page import PATHS
 
-OPEN_PATHS = frozenset({"/health", "/metrics"})
+OPEN_PATHS = PATHS | {"/health", "/metrics"}
 
 
 class Gate:

@@ -5,78 +5,29 @@ import dataclasses
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from idlm_jax.decoding.generate import TokenLogprob
 from idlm_jax.decoding.prompts import encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.model.language_model import LanguageModel
 from serve.engine import Engine
-from serve.handle import EngineError, FinishReason, Piece, RequestHandle
+from serve.grammar import Grammars, Matcher
+from serve.handle import EngineError, Piece, RequestHandle
+from serve.http.choice import Choice, Delta
+from serve.http.constraints import calls_constraint, grammar_text
 from serve.http.errors import ApiError
 from serve.http.metrics import Latencies
-from serve.http.prompts import encode_chat
+from serve.http.prompts import Prompt, encode_chat
+from serve.http.reasoning import Reasoning
 from serve.http.schemas import ChatRequest, CompletionRequest, SamplingBody
 from serve.http.text import TextStream
+from serve.http.tools import Calls
+from serve.official import Defaults
 from serve.scheduler import QueueFull
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """News of one choice.
-
-    Attributes:
-        index: of the choice.
-        text: new text; never taken back.
-        logprobs: of the tokens that came with it; the text of some may be held back.
-        text_offset: characters of this choice's tokens before those of `logprobs`.
-        finish_reason: set once, with the last delta.
-        matched_stop: the stop string or token id that ended it.
-    """
-
-    index: int
-    text: str
-    logprobs: list[TokenLogprob]
-    text_offset: int
-    finish_reason: FinishReason | None
-    matched_stop: str | int | None
-
-
-class Choice:
-    """One completion under way."""
-
-    def __init__(self, index: int, text: TextStream, token_text: Callable[[int], str]):
-        self.index, self.num_tokens = index, 0
-        self.finish_reason: FinishReason | None = None
-        self._text, self._token_text = text, token_text
-        self._text_offset = 0
-
-    def take(self, piece: Piece) -> Delta:
-        """The news in a piece. The token or string that ends a choice is counted, and not shown."""
-        reason, matched, text, num_taken = piece.finish_reason, None, "", 0
-        for token in piece.token_ids:
-            num_taken += 1
-            if reason == "stop" and num_taken == len(piece.token_ids):
-                matched = token
-                break
-            text += self._text.push(token)
-            if self._text.matched is not None:
-                reason = "stop"
-                break
-        if reason is not None:
-            text += self._text.finish()
-            if self._text.matched is not None:
-                reason, matched = "stop", self._text.matched
-        self.num_tokens += num_taken
-        self.finish_reason = reason
-        logprobs = (piece.logprobs or [])[:num_taken]
-        delta = Delta(self.index, text, logprobs, self._text_offset, reason, matched)
-        self._text_offset += sum(len(self._token_text(each.token_id)) for each in logprobs)
-        return delta
 
 
 class Job:
@@ -126,20 +77,20 @@ class Job:
                 clocks[index].stop()
                 if piece.finish_reason is None:
                     self.handles[index].abort()
-            if delta.text or delta.logprobs or delta.finish_reason is not None:
+            if delta.parts or delta.logprobs or delta.finish_reason is not None:
                 yield delta
 
 
 class Jobs:
     """Starts jobs and knows those that run."""
 
-    def __init__(self, engine: Engine, lm: LanguageModel, max_len: int, latencies: Latencies):
-        """Args: `max_len` is the engine's longest request."""
+    def __init__(self, engine: Engine, lm: LanguageModel, defaults: Defaults, latencies: Latencies):
+        """Args: `defaults` are for requests that do not say how to sample."""
         assert lm.tokenizer is not None
         self.running: dict[str, Job] = {}
-        self.failure: str | None = None  # why the engine takes no requests any more
-        self._engine, self._lm, self._max_len, self._latencies = engine, lm, max_len, latencies
+        self._engine, self._lm, self._defaults, self._latencies = engine, lm, defaults, latencies
         self._tokenizer = lm.tokenizer
+        self._grammars: Grammars | None = None
         # A long prompt takes a while, and others stream meanwhile. One thread: tokenizers may not be shared.
         self._thread = ThreadPoolExecutor(1, "tokenizer")
 
@@ -177,46 +128,109 @@ class Jobs:
     def _submit(self, job: Job) -> None:
         request = job.request
         try:
-            for prompt in self._encode(request):
-                params = self._params(request, len(prompt))
-                job.num_prompt_tokens += len(prompt)
+            for prompt in self._prompts(request):
+                params = self._params(request, len(prompt.token_ids))
+                job.num_prompt_tokens += len(prompt.token_ids)
                 for repetition in range(request.n):
-                    index = len(job.choices)
-                    text = TextStream(self._tokenizer, request.stop_strings, skips_special=request.skip_special_tokens)
-                    job.choices.append(Choice(index, text, self.token_text))
+                    choice = self._choice(len(job.choices), request, prompt)
+                    job.choices.append(choice)
                     sampling = dataclasses.replace(params, seed=(params.seed + repetition) % 2**32)
-                    job.handles.append(self._engine.submit(prompt, sampling, deliver=job.deliver_to(index)))
+                    job.handles.append(
+                        self._engine.submit(
+                            prompt.token_ids,
+                            sampling,
+                            matcher=self._matcher(request, prompt),
+                            deliver=job.deliver_to(choice.index),
+                        )
+                    )
         except QueueFull as error:
             raise ApiError(429, str(error), code="queue_full") from error
         except EngineError as error:
-            self.failure = str(error)
             raise ApiError(503, str(error), code="unavailable") from error
         except ValueError as error:
             code = "context_length_exceeded" if "exceed" in str(error) else "invalid_value"
             raise ApiError(400, str(error).removeprefix("self."), code=code) from error
+        except RuntimeError as error:
+            # A grammar compiled, and then had no first token.
+            field = "tools" if request.constraint is None else request.constraint.field
+            reason = str(error).splitlines()[0]
+            raise ApiError(400, f"{field}: {reason}", param=field, code="invalid_value") from error
 
-    def _encode(self, request: SamplingBody) -> Sequence[list[int]]:
+    def _prompts(self, request: SamplingBody) -> Sequence[Prompt]:
         if isinstance(request, ChatRequest):
-            return [encode_chat(self._lm, request.messages, request.chat_template_kwargs)]
+            return [encode_chat(self._lm, request.messages, request.offered, request.chat_template_kwargs)]
         assert isinstance(request, CompletionRequest)
         if not request.prompts:
             raise ApiError(400, "prompt is an empty list", param="prompt")
-        return [encode_prompt(self._lm, prompt, index) for index, prompt in enumerate(request.prompts)]
+        return [Prompt(encode_prompt(self._lm, prompt, index)) for index, prompt in enumerate(request.prompts)]
+
+    def _choice(self, index: int, request: SamplingBody, prompt: Prompt) -> Choice:
+        text = TextStream(
+            self._tokenizer,
+            request.stop_strings,
+            skips_special=request.skip_special_tokens,
+            min_tokens=request.min_tokens,
+        )
+        if isinstance(request, ChatRequest):
+            names = [tool.function.name for tool in request.offered]
+            reasoning = Reasoning(prompt.thinking) if request.separate_reasoning else None
+            calls = Calls(names, is_certain=bool(request.demanded)) if names else None
+            return Choice(index, text, self.token_text, reasoning=reasoning, calls=calls)
+        assert isinstance(request, CompletionRequest)
+        echo = ""
+        if request.echo:
+            given = request.prompts[index // request.n]
+            echo = given if isinstance(given, str) else str(self._tokenizer.decode(given))
+        return Choice(index, text, self.token_text, echo=echo)
+
+    def _matcher(self, request: SamplingBody, prompt: Prompt) -> Matcher | None:
+        """A new place in the grammar that the request asks for, if it does."""
+        demands = [] if request.constraint is None else [request.constraint]
+        if isinstance(request, ChatRequest) and request.offered and (request.demanded or demands):
+            # A model that is free to call writes calls, or else an answer of the form that is asked for.
+            functions = [tool.function for tool in request.demanded or request.offered]
+            demands.append(calls_constraint(functions, self._tokenizer, many=request.parallel_tool_calls))
+        if not demands:
+            return None
+        field = demands[0].field
+        if request.ignore_eos or request.min_tokens:
+            name = "ignore_eos" if request.ignore_eos else "min_tokens"
+            raise ApiError(400, f"{name} cannot be met together with {field}", param=name)
+        if self._grammars is None:
+            config = self._lm.config
+            self._grammars = Grammars(self._tokenizer, config.vocab_size, config.eos_token_ids)
+        try:
+            thinking = prompt.thinking if prompt.may_think else "behind"
+            return self._grammars.matcher(grammar_text(demands, thinking, self._tokenizer))
+        except ValueError as error:
+            raise ApiError(400, f"{field}: {error}", param=field, code="invalid_value") from error
 
     def _params(self, request: SamplingBody, prompt_len: int) -> SamplingParams:
-        vocab_size = self._lm.config.vocab_size
-        outside = [token for token in request.stop_token_ids if token >= vocab_size]
-        if outside:
-            raise ApiError(400, f"stop_token_ids {outside[:5]} lie outside the vocabulary", param="stop_token_ids")
-        room = max(1, self._max_len - prompt_len)
+        biases = {int(token): bias for token, bias in request.logit_bias.items()}
+        self._check_ids("stop_token_ids", request.stop_token_ids)
+        self._check_ids("logit_bias", biases)
+        room = max(1, self._engine.longest_request - prompt_len)
+        said, defaults = request.model_fields_set, self._defaults
+        top_k = request.top_k if "top_k" in said else defaults.top_k
         return SamplingParams(
             max_tokens=room if request.most_tokens is None else request.most_tokens,
-            temperature=request.temperature,
-            top_k=min(max(request.top_k, 0), vocab_size),
-            top_p=request.top_p,
+            temperature=request.temperature if "temperature" in said else defaults.temperature,
+            top_k=min(max(top_k, 0), self._lm.config.vocab_size),
+            top_p=request.top_p if "top_p" in said else defaults.top_p,
+            min_p=request.min_p,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=tuple(biases.items()),
             # Any integer is a seed; without one every request is different.
             seed=secrets.randbits(32) if request.seed is None else request.seed % 2**32,
             stop_token_ids=tuple(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
+            min_tokens=request.min_tokens,
             logprobs=request.top_alternatives,
         )
+
+    def _check_ids(self, param: str, ids: Iterable[int]) -> None:
+        outside = [token for token in ids if token >= self._lm.config.vocab_size]
+        if outside:
+            raise ApiError(400, f"{param} {outside[:5]} lie outside the vocabulary", param=param)

@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
+from serve.http.message import overlap
+
 
 class TextStream:
     """The text of one completion, token by token.
@@ -13,13 +15,28 @@ class TextStream:
     Held back: what ends inside a UTF-8 character, and what may be the beginning of a stop string.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), *, skips_special: bool = True):
-        """Args: `stops` end the text where the first of them begins; `skips_special` leaves special tokens out."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[str] = (),
+        *,
+        skips_special: bool = True,
+        min_tokens: int = 0,
+    ):
+        """Starts before the text.
+
+        Args:
+            tokenizer: of the model.
+            stops: end the text where the first of them begins.
+            skips_special: leaves special tokens out.
+            min_tokens: in the text of so many tokens nothing counts as a stop string.
+        """
         self.matched: str | None = None
         self._tokenizer, self._skips_special, self._stops = tokenizer, skips_special, tuple(stops)
         self._backend: Any = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=skips_special)
         self._ids: list[int] = []
+        self._min_tokens = min_tokens
         self._num_decoded = 0  # characters that have left the decoder
         self._held = ""
 
@@ -28,7 +45,7 @@ class TextStream:
         self._ids.append(token_id)
         text = self._decoder.step(self._backend, token_id) or ""
         self._num_decoded += len(text)
-        return self._release(text)
+        return text if len(self._ids) <= self._min_tokens else self._release(text)
 
     def finish(self) -> str:
         """The rest, when no token follows: what was held back, with a replacement for a broken character."""
@@ -48,11 +65,6 @@ class TextStream:
             self._held = ""
             return held[:place]
         # Nothing held is longer than the longest stop string, so this costs little.
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -127,6 +127,19 @@ def test_dry_training_steps_run_and_publish_no_figure(tmp_path: Path):
     assert all(step["median_ms"] is step["tokens_per_s"] is step["mfu"] is None for step in steps)
 
 
+@pytest.mark.slow
+def test_dry_serving_steps_run_and_publish_no_figure(tmp_path: Path):
+    assert main(["serve", "--dry", "--out", str(tmp_path)]) == 0
+    speeds = json.loads((tmp_path / "serve.json").read_text())["serving"]
+    assert [(speed["case"], speed["note"]) for speed in speeds] == [
+        ("tiny_n1_b2_128", "dry"),
+        ("tiny_n2_b2_128", "dry"),
+    ]
+    assert all(
+        speed[figure] is None for speed in speeds for figure in ("median_ms", "break_even", "trace_tokens_per_s")
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,74 +3,28 @@
 import concurrent.futures
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import httpx2
 import openai
 import pytest
-import uvicorn
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
-import idlm_jax
 from idlm_jax.decoding import ISD, SamplingParams, generate
 from idlm_jax.model.language_model import LanguageModel
-from serve.config import EngineConfig
 from serve.engine import Engine
-from serve.http.app import HttpConfig, make_app
+from tests.serve.http_server import CONFIG, KEY, MAX_BODY, Running, serving
 
-MODEL = Path(__file__).parents[2] / "assets" / "tiny-qwen3-py"
-KEY = "a key"
-MAX_BODY = 100_000
-CONFIG = EngineConfig(
-    method=ISD(stride=4),
-    max_running=2,
-    max_queued=8,
-    max_len=256,
-    num_pages=40,
-    decode_batches=(2,),
-    prefill_shapes=((1, 64),),
-    specialised=False,
-    max_logprobs=5,
-)
 PROMPT = "def __init__(self, "
-
-
-class Running(NamedTuple):
-    engine: Engine
-    lm: LanguageModel
-    url: str
-    client: openai.OpenAI
-    http: httpx2.Client
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    lm = idlm_jax.load(MODEL, dtype="float32")
-    engine = Engine(lm, CONFIG)
-    http_config = HttpConfig(model="tiny", model_path=str(MODEL), api_keys=("other", KEY), max_body_bytes=MAX_BODY)
-    app = make_app(engine, lm, CONFIG, http_config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        headers = {"authorization": f"Bearer {KEY}"}
-        with (
-            openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client,
-            httpx2.Client(base_url=url, headers=headers, timeout=60) as http,
-        ):
-            yield Running(engine, lm, url, client, http)
-        server.should_exit = True
-        thread.join()
-    stats = engine.stats()
-    assert (stats.num_running, stats.num_waiting) == (0, 0)
-    assert stats.num_free_pages == CONFIG.num_pages - 1
+    with serving(CONFIG) as running:
+        yield running
 
 
 def greedy(lm: LanguageModel, max_tokens: int):
@@ -240,9 +194,15 @@ BAD = {
     "many logprobs": ({"prompt": "x", "logprobs": 9}, 400, "at most 5"),
     "too long": ({"prompt": [1] * 250, "max_tokens": 7}, 400, "exceed the 256 tokens"),
     "unknown parameter": ({"prompt": "x", "tempratur": 0}, 400, "unknown parameter 'tempratur'"),
-    "penalty": ({"prompt": "x", "presence_penalty": 0.5}, 400, "presence_penalty is not supported yet"),
-    "logit bias": ({"prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias is not supported yet"),
-    "format": ({"prompt": "x", "response_format": {"type": "json_object"}}, 400, "response_format is not supported"),
+    "penalty": ({"prompt": "x", "presence_penalty": 2.5}, 400, "less than or equal to 2"),
+    "logit bias": ({"prompt": "x", "logit_bias": {"5": 101}}, 400, "less than or equal to 100"),
+    "bias of no id": ({"prompt": "x", "logit_bias": {"the": 1}}, 400, "logit_bias maps token ids"),
+    "bias outside": ({"prompt": "x", "logit_bias": {"4096": 1}}, 400, "logit_bias [4096] lie outside the vocabulary"),
+    "best_of": ({"prompt": "x", "n": 2, "best_of": 3}, 400, "best_of=3 must be n=2"),
+    "many min_tokens": ({"prompt": "x", "max_tokens": 3, "min_tokens": 4}, 400, "min_tokens=4 must lie in"),
+    "echo with logprobs": ({"prompt": "x", "echo": True, "logprobs": 1}, 400, "which are not offered"),
+    "prompt logprobs": ({"prompt": "x", "prompt_logprobs": 1}, 400, "prompt_logprobs is not supported"),
+    "tools": ({"prompt": "x", "tools": [{}]}, 400, "tools is not supported here"),
     "unknown model": ({"model": "gpt", "prompt": "x"}, 404, "no model 'gpt': this server has 'tiny'"),
     "large body": ({"prompt": "x" * MAX_BODY}, 413, "exceeds 100,000 bytes"),
 }
@@ -260,14 +220,15 @@ def test_bad_input_is_refused_in_openais_shape(server, case):
 
 
 def test_harmless_values_of_what_is_not_there_are_taken(server):
-    neutral = {"presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": None, "min_p": 0, "user": "me"}
+    neutral = {"presence_penalty": 0.0, "logit_bias": {}, "best_of": 1, "suffix": None, "tools": [], "user": "me"}
     answer = server.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "seed": None, **neutral})
     assert answer.status_code == 200, answer.text
 
 
-def test_tools_and_top_logprobs_without_logprobs_are_refused_by_the_chat(server):
-    for extra in ({"tools": [{"type": "function", "function": {"name": "f"}}]}, {"top_logprobs": 2}):
-        with pytest.raises(openai.BadRequestError, match=r"tools is not|needs logprobs"):
+def test_the_chat_refuses_top_logprobs_without_logprobs_and_tools_that_its_template_does_not_know(server):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for extra in ({"tools": tools}, {"top_logprobs": 2}):
+        with pytest.raises(openai.BadRequestError, match=r"template knows no tools|needs logprobs"):
             server.client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=extra)
 
 
