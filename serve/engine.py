@@ -4,7 +4,6 @@ The committed length that the scheduler knows, the pages it has given out and th
 the device may be ahead by what is in flight, which the scheduler has reserved for; it is never behind.
 """
 
-import dataclasses
 import logging
 import threading
 import time
@@ -14,28 +13,27 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from idlm_jax.decoding.prompts import Prompt, encode_prompt
+from idlm_jax.decoding.prompts import Prompt
 from idlm_jax.decoding.sampling import SamplingParams
-from idlm_jax.decoding.shaping import check_bias
 from idlm_jax.decoding.state import Finish
 from idlm_jax.model.language_model import LanguageModel
+from serve.admission import admit
 from serve.config import EngineConfig
 from serve.device import Device, Draws, Progress
-from serve.grammar import Constraint, Matcher, mask_words
+from serve.grammar import Matcher, mask_words
 from serve.handle import EngineError, FinishReason, Piece, RequestHandle
 from serve.packing import (
     Outcome,
-    Tally,
     layout_of,
     no_tally,
     pack_chunks,
     pack_windows,
-    sampling_words,
     unpack_logprobs,
     unpack_outcome,
 )
 from serve.requests import Chunk, Phase, QueueFull, Request, Step, Window
 from serve.scheduler import Scheduler
+from serve.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -64,41 +62,6 @@ class Launched(NamedTuple):
     step: Step
     windows: ReadLater | None
     chunks: ReadLater | None
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """Where the engine stands, and what it has done since it started.
-
-    Attributes:
-        num_running: requests with a slot.
-        num_waiting: requests without one.
-        num_free_pages: pages that could be handed out now, those of the prefix cache included.
-        num_cached_pages: pages that only the prefix cache holds.
-        num_steps: steps launched.
-        num_decode_forwards: decode programs run, one per step at most.
-        num_prefill_forwards: prefill programs run.
-        num_committed: tokens committed and delivered.
-        finished: requests by reason.
-        num_preemptions: slots taken away for lack of pages.
-        num_prompt_tokens: prompt tokens of admitted requests; those read again after a preemption count again.
-        num_cached_tokens: how many of them the prefix cache had.
-        tally: statistics of all requests, ended or running; forwards are counted per request.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_free_pages: int
-    num_cached_pages: int
-    num_steps: int
-    num_decode_forwards: int
-    num_prefill_forwards: int
-    num_committed: int
-    finished: dict[FinishReason, int]
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    tally: Tally
 
 
 class Engine:
@@ -172,24 +135,9 @@ class Engine:
             EngineError: the engine is closed.
         """
         params = SamplingParams() if sampling is None else sampling
-        ids = encode_prompt(self._lm, prompt, 0)
-        if params.logprobs is not None:
-            most = self._config.max_logprobs
-            if most is None or params.logprobs > most:
-                allowed = "no log-probabilities" if most is None else f"at most {most} alternatives"
-                raise ValueError(f"{params.logprobs=}: this engine reports {allowed}")
-        if params.is_shaped and not self._config.shapes:
-            raise ValueError("this engine serves no biases, penalties, min_p or min_tokens")
-        check_bias(params, self._lm.config.vocab_size)
-        constraint = None if matcher is None else self._constrain(matcher, params)
-        stop_ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self._lm.config.eos_token_ids)})
-        if len(stop_ids) > self._layout.num_stop_ids:
-            raise ValueError(f"{len(stop_ids)} stop ids, but at most {self._layout.num_stop_ids} fit")
-        self._scheduler.check_fits(len(ids), params.max_tokens)
-        request = Request(
-            ids, params.max_tokens, is_stepwise=constraint is not None, reads_whole_prompt=params.counts_tokens
+        request, words, constraint = admit(
+            self._lm, self._config, self._layout, self._scheduler, prompt, params, matcher
         )
-        words = sampling_words(self._layout, params, len(ids), request.end, stop_ids)
         handle = RequestHandle(request, params, words, constraint, self._ask_abort, deliver, self._no_tally)
         with self._wake:
             if self.failure is not None:
@@ -201,14 +149,6 @@ class Engine:
             self._inbox.append((handle, True))
             self._wake.notify()
         return handle
-
-    def _constrain(self, matcher: Matcher, params: SamplingParams) -> Constraint:
-        if not self._config.shapes:
-            raise ValueError("this engine serves no grammars")
-        if params.ignore_eos or params.min_tokens:
-            # A text that its grammar calls complete has one continuation, its end.
-            raise ValueError("a grammar goes with neither ignore_eos nor min_tokens")
-        return Constraint(matcher, self._layout.num_masks)
 
     def stats(self) -> EngineStats:
         """A snapshot, possibly of different moments within a step."""

@@ -19,7 +19,7 @@ SOURCES = (*WHEEL_PACKAGES, "train", "serve", "benchmarks", "tests")
 MAX_LINES, MAX_KERNEL_LINES = 400, 700
 
 # Files that may say `block_size` as an identifier because they translate an official name, and its meaning.
-BLOCK_SIZE_ALLOWED: dict[str, str] = {}
+BLOCK_SIZE_ALLOWED = {"serve/official.py": "rows of a window, 2 N - 1, a key of the reference server's YAML"}
 
 
 def source_files() -> list[Path]:
