@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next proofs compiled plans lint clean
+.PHONY: help demo test test-fast test-next test-page chromium proofs compiled plans lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -37,6 +37,15 @@ test-fast: .venv/.dev  ## tests that take seconds
 test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: what they touch, without slow; compile for H200 and TPU
 	.venv-next/bin/pytest $(parallel) -m "not torch and not slow and not proof and not browser" --ignore tests/parity --ignore tests/cli --ignore tests/benchmarks \
 	    --ignore tests/serve/test_http.py --ignore tests/train/test_watch.py
+
+CHROMIUM ?= /usr/bin/chromium
+
+test-page: chromium .venv/.browser  ## the server's page in a headless Chromium (CHROMIUM=/usr/bin/chromium)
+	CHROMIUM="$(CHROMIUM)" .venv/bin/pytest -m browser tests/serve/test_page_in_browser.py
+
+chromium:
+	@test -x "$(CHROMIUM)" || { echo "No Chromium at $(CHROMIUM). Install one (Debian: apt install chromium) or name it:" \
+	    "make test-page CHROMIUM=/path/to/chromium" >&2; exit 1; }
 
 proofs: .venv/.dev .venv-next/.dev  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
 	.venv/bin/pytest $(parallel) -m "proof and not compile"
@@ -72,6 +81,10 @@ clean:  ## remove environments, caches and build outputs (never runs/ or out/)
 .venv/.dev: .venv/.runtime
 	$(call install,.venv) "torch==2.13.0+cpu" || $(call install,.venv) --extra-index-url $(CPU_TORCH_INDEX) torch
 	$(call install,.venv) --editable ".[dev,parity]"
+	touch $@
+
+.venv/.browser: .venv/.dev
+	$(call install,.venv) --editable ".[browser]"
 	touch $@
 
 .venv-next/.created:

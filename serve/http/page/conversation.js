@@ -29,6 +29,11 @@ class Answer {
     this.follow(true);
   }
 
+  continueText(given) {
+    this.text.append(element("span", "given", given));
+    this.follow(true);
+  }
+
   take(event) {
     this.usage = event.usage ?? this.usage;
     const choice = event.choices?.[0];
@@ -135,7 +140,7 @@ export class Conversation {
       this.log.append(said);
     }
     const answer = new Answer(this.log, isChat ? "Model" : "Completion", mode);
-    if (!isChat) answer.text.append(element("span", "given", text));
+    if (!isChat) answer.continueText(text);
     const opening = system ? [{ role: "system", content: system }] : [];
     const body = isChat ? { messages: [...opening, ...this.turns, turn] } : { prompt: text };
     const path = isChat ? "/v1/chat/completions" : "/v1/completions";
