@@ -1,19 +1,24 @@
 """`python -m serve --model-path FOLDER`: an OpenAI-compatible server. SGLang's flags, with vLLM's as aliases."""
 
 import logging
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 import uvicorn
+from pythonjsonlogger.json import JsonFormatter
 from tqdm import tqdm
 
 import idlm_jax
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.http.app import HttpConfig, make_app
+from serve.launch import keep_compiled, listen, num_pages
+from serve.mesh import serving_mesh
+from serve.official import ALGORITHM, Defaults, read_official
+
+DEFAULT_STRIDE = 4
 
 
 def serve(
@@ -27,10 +32,21 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(envvar="IDLM_API_KEY", help="Required of clients; may be given several times.")
     ] = None,
-    stride: Annotated[int, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR.")] = 4,
+    stride: Annotated[
+        int | None, typer.Option(help="Most tokens per forward, 1..16, default 4; 1 is plain AR.")
+    ] = None,
     proposals: Annotated[
         Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
     ] = "sampled",
+    dllm_algorithm: Annotated[
+        str | None, typer.Option(help=f"The reference server's flag; {ALGORITHM} is the one algorithm here.")
+    ] = None,
+    dllm_algorithm_config: Annotated[
+        Path | None, typer.Option(help="The reference server's YAML: stride, and sampling of requests that name none.")
+    ] = None,
+    tp_size: Annotated[
+        int, typer.Option("--tp-size", "--tensor-parallel-size", help="Devices that share the model.", min=1)
+    ] = 1,
     max_running_requests: Annotated[
         int, typer.Option("--max-running-requests", "--max-num-seqs", help="Requests that run at once.")
     ] = 32,
@@ -41,43 +57,84 @@ def serve(
             "--context-length", "--max-model-len", help="Longest prompt and completion; default: the model's."
         ),
     ] = None,
-    max_total_tokens: Annotated[int, typer.Option(help="Tokens that the KV pool holds.")] = 65536,
+    max_total_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the KV pool holds; by default what fits (65,536 on a CPU).")
+    ] = None,
+    mem_fraction_static: Annotated[
+        float,
+        typer.Option(
+            "--mem-fraction-static",
+            "--gpu-memory-utilization",
+            help="Share of the device's memory for weights and KV pool; activations need the rest.",
+            min=0.05,
+            max=0.99,
+        ),
+    ] = 0.85,
     chunked_prefill_size: Annotated[int, typer.Option(help="Most prompt tokens per step.")] = 512,
     disable_radix_cache: Annotated[
         bool, typer.Option("--disable-radix-cache", "--no-enable-prefix-caching", help="Forget finished requests.")
     ] = False,
     max_logprobs: Annotated[int, typer.Option(help="Most alternatives per token, 0..20; -1 serves none.")] = 20,
+    extras: Annotated[
+        bool,
+        typer.Option(help="Serve penalties, biases, min_p and constrained output; without them start-up is shorter."),
+    ] = True,
     max_body_mb: Annotated[int, typer.Option(help="Largest request; more is answered 413.", min=1)] = 16,
     shutdown_timeout: Annotated[int, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 60,
+    watchdog_timeout: Annotated[
+        float, typer.Option(help="Seconds without a step after which /health answers 503 while requests wait.")
+    ] = 300.0,
+    compilation_cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="JAX_COMPILATION_CACHE_DIR",
+            help="Where compiled programs are kept for the next start. Default: ~/.cache/idlm-jax/compiled",
+        ),
+    ] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
     log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option()] = "info",
+    log_format: Annotated[Literal["text", "json"], typer.Option(help="json: an object per line.")] = "text",
 ) -> None:
     """Serves a model by introspective strided decoding, exactly: the tokens are those of plain AR.
 
     Example: python -m serve --model-path assets/tiny-qwen3-py --adapter assets/tiny-qwen3-py-isd --dtype float32
     """
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=log_level.upper())
+    _set_up_logging(log_level, log_format)
     if api_key is not None and "" in api_key:
         raise ValueError("--api-key must not be empty: leave it out to let everyone in")
+    if dllm_algorithm not in (None, ALGORITHM):
+        raise ValueError(f"--dllm-algorithm {dllm_algorithm} is not known: {ALGORITHM} is the one algorithm here")
+    official_stride, defaults = None, Defaults()
+    if dllm_algorithm_config is not None:
+        official_stride, defaults = read_official(dllm_algorithm_config)
+    if None not in (stride, official_stride) and stride != official_stride:
+        raise ValueError(f"--stride {stride} and the stride {official_stride} of {dllm_algorithm_config} differ")
+    stride = stride or official_stride or DEFAULT_STRIDE
+    method = idlm_jax.AR() if stride == 1 else idlm_jax.ISD(stride=stride, proposals=proposals)
+    # A port that is taken is said before minutes of loading and compiling; until these are over, clients are refused.
+    listen(host, port).close()
+    keep_compiled(compilation_cache_dir)
+    mesh = serving_mesh(tp_size)
+    lm = idlm_jax.load(model_path, dtype=dtype, adapter=adapter, kernels=kernels, mesh=mesh)
     config = EngineConfig(
-        method=idlm_jax.AR() if stride == 1 else idlm_jax.ISD(stride=stride, proposals=proposals),
+        method=method,
         max_running=max_running_requests,
         max_queued=max_queued_requests,
         max_len=context_length,
-        num_pages=_num_pages(max_total_tokens),
+        num_pages=num_pages(lm.config, max_total_tokens, mem_fraction_static, tp_size),
         chunk_rows=chunked_prefill_size,
         caches_prefixes=not disable_radix_cache,
         max_logprobs=None if max_logprobs < 0 else max_logprobs,
+        shapes=extras,
     )
-    # A port that is taken is said before minutes of loading and compiling; until these are over, clients are refused.
-    _listen(host, port).close()
-    lm = idlm_jax.load(model_path, dtype=dtype, adapter=adapter, kernels=kernels)
     http = HttpConfig(
         model=served_model_name or model_path,
         model_path=model_path,
         api_keys=tuple(api_key or ()),
         max_body_bytes=max_body_mb * 2**20,
+        watchdog_s=watchdog_timeout,
+        defaults=defaults,
     )
     with tqdm(unit="program", desc="compiling") as bar:
 
@@ -90,23 +147,17 @@ def serve(
     server = uvicorn.Server(
         uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=shutdown_timeout, log_config=None)
     )
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         where = f"http://{host}:{listener.getsockname()[1]}/v1"
-        logging.getLogger("serve").info("ready: %s, model %r", where, http.model)
+        logging.getLogger("serve").info("ready: %s, model %r, %d pages", where, http.model, config.num_pages)
         server.run(sockets=[listener])
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-
-
-def _num_pages(max_total_tokens: int) -> int:
-    size = EngineConfig.page_size
-    return -(-max_total_tokens // size) + 1  # one page is never given out
+def _set_up_logging(level: str, layout: str) -> None:
+    handler = logging.StreamHandler()
+    names = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(JsonFormatter(names) if layout == "json" else logging.Formatter(names))
+    logging.basicConfig(handlers=[handler], level=level.upper())
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ class EngineConfig:
         max_stop_ids: stop ids of one request, the model's end-of-sequence ids included.
         max_logprobs: most alternatives per token that a request may ask for; None: no log-probabilities are served.
         shapes: serve biases, penalties, floors and grammars.
-        specialised: also compile programs for steps whose requests are all greedy, use neither top-k nor top-p, or
-            nothing beyond these. They are faster, not different.
+        specialised: also compile decode programs for steps whose requests are all greedy, use neither top-k nor top-p,
+            or nothing beyond these. They are faster, not different.
         caches_prefixes: keep the pages of finished requests for later ones that begin alike.
     """
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Int, UInt
 
@@ -29,6 +30,7 @@ from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.verify import Sampling
 from serve.config import EngineConfig
 from serve.grammar import mask_words
+from serve.mesh import mesh_of, placed, state_shardings, whole
 from serve.packing import (
     Layout,
     Prompts,
@@ -68,15 +70,16 @@ class Device:
         """Compiles every program, on all cores, and lays out an idle state.
 
         Args:
-            lm: the model.
+            lm: the model; one that was loaded on a mesh is served by all its devices.
             config: sizes and choices.
             progress: called after each program.
 
         Raises:
-            ValueError: ISD is asked of a model without a MASK id.
+            ValueError: ISD is asked of a model without a MASK id, or the mesh does not fit the model (`mesh_of`).
         """
         if config.method.num_masks and lm.config.mask_token_id is None:
             raise ValueError(f"{config.method} needs a MASK id and this model has none: load it with one, or use AR()")
+        mesh = mesh_of(lm)
         limits = config.limits(lm.config)
         self.layout = layout_of(limits, config.max_stop_ids, config.num_biases)
         self._leaves, tree = jax.tree.flatten(lm.params)
@@ -86,35 +89,43 @@ class Device:
             levels.append(Draws.FULL)
         elif not config.specialised:
             levels.append(Draws.FILTERED)
-        plans = {level: _plan(lm, config, level) for level in levels}
+        plans = {level: _plan(lm, config, level, mesh) for level in levels}
 
         def make_state() -> DecodeState:
             return _idle_state(lm, config, plans[levels[-1]], self.layout)
 
         state = jax.eval_shape(make_state)
-        lowered: dict[Any, Lowered] = {"idle state": jax.jit(make_state).lower()}
+        everywhere = state_where = step_where = None  # on the default device
+        if mesh is not None:
+            # The state leaves a step as it came: nothing is laid out anew, and every part of the pool stays in place.
+            everywhere, state_where = whole(mesh), state_shardings(state, mesh)
+            state, step_where = placed(state, state_where), (state_where, everywhere)
+        lowered: dict[Any, Lowered] = {"idle state": jax.jit(make_state, out_shardings=state_where).lower()}
 
         def lower(kind: str, shape: tuple[int, int], level: Draws) -> Lowered:
             body = _run_windows if kind == "decode" else _run_chunks
             program = functools.partial(body, lm.graph, tree, plans[level], self.layout)
-            words = jax.ShapeDtypeStruct(shape, jnp.int32)
-            masks = jax.ShapeDtypeStruct(self._mask_shape(kind, shape[0]), jnp.uint32)
+            words = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
+            masks = jax.ShapeDtypeStruct(self._mask_shape(kind, shape[0]), jnp.uint32, sharding=everywhere)
             shaped = (masks,) if self._takes_masks(level) else ()
-            return jax.jit(program, donate_argnums=1).lower(self._leaves, state, words, *shaped)
+            step = jax.jit(program, donate_argnums=1, out_shardings=step_where)
+            return step.lower(self._leaves, state, words, *shaped)
 
         for level in levels:
             for batch in config.decode_buckets:
                 shape = batch, decode_words(self.layout)
                 lowered["decode", shape, level] = lower("decode", shape, level)
-            for requests, rows in limits.prefill_shapes:
-                shape = requests, prefill_words(self.layout, rows)
-                lowered["prefill", shape, level] = lower("prefill", shape, level)
+        # A prefill gives a slot to its request with all that it may want, and few of its rows end in logits: one
+        # program for whatever is drawn.
+        for requests, rows in limits.prefill_shapes:
+            shape = requests, prefill_words(self.layout, rows)
+            lowered["prefill", shape, levels[-1]] = lower("prefill", shape, levels[-1])
         programs = _compile(lowered, progress)
         self._make_state = programs.pop("idle state")
         self._programs = programs
         self._levels = levels
         self._no_masks = {
-            shape: jnp.full(shape, 0xFFFFFFFF, jnp.uint32)
+            shape: jnp.full(shape, 0xFFFFFFFF, jnp.uint32, device=everywhere)
             for shape in {
                 self._mask_shape(kind, shape[0]) for kind, shape, level in programs if self._takes_masks(level)
             }
@@ -128,12 +139,12 @@ class Device:
         """
         return self._run("decode", words, draws, masks)
 
-    def prefill(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> jax.Array:
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> jax.Array:
         """One stretch of a prompt for each packed slot; int32 [requests, words] to read later.
 
         `masks` is uint32 [requests, 1, W], for the first token of each completion.
         """
-        return self._run("prefill", words, draws, masks)
+        return self._run("prefill", words, self._levels[-1], masks)
 
     def reset(self) -> None:
         """An idle state in place of one that a failed step has consumed."""
@@ -168,7 +179,7 @@ def _compile(lowered: dict[Any, Lowered], progress: Progress | None) -> dict[Any
     return compiled
 
 
-def _plan(lm: LanguageModel, config: EngineConfig, level: Draws) -> StepPlan:
+def _plan(lm: LanguageModel, config: EngineConfig, level: Draws, mesh: Mesh | None = None) -> StepPlan:
     method, mask_id = config.method, lm.config.mask_token_id
     return StepPlan(
         num_masks=method.num_masks,
@@ -178,6 +189,7 @@ def _plan(lm: LanguageModel, config: EngineConfig, level: Draws) -> StepPlan:
         all_greedy=level is Draws.GREEDY,
         num_top_logprobs=config.max_logprobs if level is Draws.FULL else None,
         mask_token_id=-1 if mask_id is None else mask_id,
+        mesh=mesh,
     )
 
 

@@ -52,7 +52,7 @@ class Runs(Protocol):
     """What the engine asks of a device; `Device` is the real one."""
 
     def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater: ...
-    def prefill(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater: ...
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater: ...
     def reset(self) -> None: ...
 
 
@@ -318,13 +318,14 @@ class Engine:
             batch = next(size for size in self._config.decode_buckets if size >= len(step.windows))
             masks, drafts = self._constraints(step.windows, (batch, self._layout.num_masks + 1))
             words = pack_windows(self._layout, step.windows, drafts, batch)
-            windows = self._device.decode(words, self._draws(step.windows), masks)
+            draws = max(self._handles[window.request.number].draws for window in step.windows)
+            windows = self._device.decode(words, draws, masks)
         if step.chunks:
             self._num_prefills += 1
             fixed = [self._handles[chunk.request.number].fixed_words for chunk in step.chunks]
             words = pack_chunks(self._layout, step.chunks, fixed, step.prefill_shape)
             masks, _ = self._constraints(step.chunks, (step.prefill_shape[0], 1))
-            chunks = self._device.prefill(words, self._draws(step.chunks), masks)
+            chunks = self._device.prefill(words, masks)
         return Launched(step, windows, chunks)
 
     def _constraints(
@@ -339,9 +340,6 @@ class Engine:
             if constraint is not None:
                 masks[row] = constraint.masks[: shape[1]]
         return masks, [None if constraint is None else constraint.drafts for constraint in found]
-
-    def _draws(self, planned: Sequence[Window | Chunk]) -> Draws:
-        return max(self._handles[each.request.number].draws for each in planned)
 
     def _read(self, launched: Launched) -> None:
         """Waits for a step and hands out what it committed; parts whose request has lost its slot are nobody's."""

@@ -163,7 +163,7 @@ def time_decode(lm: LanguageModel, case: ServeCase) -> Iterator[float]:
         # Nothing is read of what comes before the last stretch: its keys are zeros, and as many.
         chunk = Chunk(request, 0, case.context - CHUNK, CHUNK, is_last=True, restored=None)
         fixed = sampling_words(layout, greedy, case.context, request.end, ())
-        np.asarray(device.prefill(pack_chunks(layout, [chunk], [fixed], (1, CHUNK)), Draws.GREEDY))
+        np.asarray(device.prefill(pack_chunks(layout, [chunk], [fixed], (1, CHUNK))))
         windows.append(Window(request, 0, 0, []))
     words = pack_windows(layout, windows, [None] * case.batch, case.batch)
     for sample in range(WARM_UP + SAMPLES):

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jax.sharding import Mesh
+
 MAX_STRIDE = 16
 
 
@@ -62,6 +64,7 @@ class StepPlan:
         all_greedy: every request has temperature 0: no random bits, no residuals.
         num_top_logprobs: alternatives reported per token; None reports no log-probabilities at all.
         mask_token_id: id fed at MASK rows and removed from every distribution; -1 when the model has none.
+        mesh: whose "tensor" axis cuts the model and its KV pool; None for one device.
     """
 
     num_masks: int
@@ -71,6 +74,7 @@ class StepPlan:
     all_greedy: bool
     num_top_logprobs: int | None
     mask_token_id: int
+    mesh: Mesh | None = None
 
     @property
     def keeps_proposal_logits(self) -> bool:

@@ -6,13 +6,16 @@ A block does not know whether it trains, prefills or decodes: it hands its rotat
 
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.array_types import Hidden, Keys, Queries, RowGate
 from idlm_jax.config import ModelConfig
-from idlm_jax.model.kv_cache import KVCache
+from idlm_jax.model.kv_cache import POOL_SPEC, KVCache
 from idlm_jax.model.layers import Projection, RMSNorm, apply_rope
 from pallas_kernels.bodies import Kernels
 from pallas_kernels.paged_attention import paged_attention, write_pages
@@ -98,6 +101,7 @@ def paged_attend(
     context_len: Int[Array, " B"],
     visible: Bool[Array, "B T T"] | None,
     kernels: Kernels,
+    mesh: Mesh | None = None,
 ) -> Attend:
     """Attention over a `KVCache`, which is carried: the new rows are written first, then read like the rest.
 
@@ -106,6 +110,7 @@ def paged_attend(
         context_len: committed slots of each request; new row t goes to slot `context_len + t`.
         visible: which new rows each new row sees; None is strictly causal.
         kernels: the bodies of the attention op.
+        mesh: whose "tensor" axis cuts the key heads, of the pool (`POOL_SPEC`) too; None for one device.
     """
 
     def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: KVCache) -> tuple[Queries, KVCache]:
@@ -116,4 +121,11 @@ def paged_attend(
         mixed = paged_attention(q, *pools, table, context_len, visible, **how)
         return mixed, KVCache(pools[0].reshape(carried.k.shape), pools[1].reshape(carried.v.shape))
 
-    return attend
+    if mesh is None:
+        return attend
+    # XLA does not cut kernels. Heads are cut in stretches, so query heads stay with the key head that they read. What
+    # `attend` closes over is whole on every device.
+    heads = P(None, None, "tensor")
+    return jax.shard_map(
+        attend, mesh=mesh, in_specs=(heads, heads, heads, P(), POOL_SPEC), out_specs=(heads, POOL_SPEC), check_vma=False
+    )

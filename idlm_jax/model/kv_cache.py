@@ -3,12 +3,16 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.config import ModelConfig
 
 # 64 slots of 128 bfloat16 are 16 KiB a head: one tile of the kernels, and little to waste at the end of a request.
 PAGE_SIZE = 64
+
+# A pool over a mesh: every device holds its key heads of every page, so page tables are the same everywhere.
+POOL_SPEC = PartitionSpec(None, None, "tensor")
 
 
 class KVCache(NamedTuple):

@@ -33,8 +33,8 @@ class Faulty:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return self.device.decode(words, draws, masks)
 
-    def prefill(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater:
-        return self.device.prefill(words, draws, masks)
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater:
+        return self.device.prefill(words, masks)
 
     def reset(self) -> None:
         if not self.comes_back:

@@ -16,6 +16,7 @@ from idlm_jax.decoding import AR, ISD, SamplingParams, generate
 from idlm_jax.model.language_model import LanguageModel
 from serve.config import EngineConfig
 from serve.device import Device
+from serve.engine import Engine
 from serve.grammar import Grammars, Matcher
 from serve.handle import EngineError
 from tests.serve.conftest import CONFIG
@@ -24,6 +25,7 @@ from tests.support.tiny_model import random_prompts
 SHAPED = dataclasses.replace(CONFIG, shapes=True, decode_batches=(4,), prefill_shapes=((1, 16),))
 TIGHT = dataclasses.replace(SHAPED, num_pages=13)
 LETTERS, END = "abcdefghij", 10
+GREEDY = SamplingParams(max_tokens=20)
 PENALISED = SamplingParams(max_tokens=20, presence_penalty=0.8, frequency_penalty=0.6, repetition_penalty=1.4)
 BIASED = SamplingParams(max_tokens=20, logit_bias=((3, 2.0), (5, -3.0)), min_p=0.05)
 SPELLING = r"(ab|c[d-f]+|g{3,9}h)+i(jj)*"
@@ -202,3 +204,14 @@ def test_a_draft_that_may_not_stand_is_left_to_be_refused(spell):
     assert [int(mask[0]) & 0xFFF for mask in masks] == [0b11, 0b11, 0xFFF, 0xFFF]
     matcher.advance([0, 1])
     assert matcher.look_ahead([5, 5, 5], 3)[1] == [2, END, 5]
+
+
+def test_a_slot_keeps_nothing_of_what_an_earlier_request_wanted(lm):
+    """A greedy request takes the slot of one with penalties, then shares a step with another that has some."""
+    config = dataclasses.replace(SHAPED, max_running=2, decode_batches=(2,), specialised=True)
+    prompts = random_prompts(3, 12, 11, seed=8)
+    with Engine(lm, config) as engine:
+        engine.submit(prompts[0], PENALISED).result()
+        last = [engine.submit(prompt, params) for prompt, params in zip(prompts[1:], [GREEDY, PENALISED], strict=True)]
+        results = [handle.result()[0] for handle in last]
+    assert results == tokens_of(generate(lm, prompts[1:], ISD(stride=4), [GREEDY, PENALISED]))
