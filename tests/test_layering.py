@@ -14,6 +14,7 @@ PACKAGES = ("pallas_kernels", "idlm_jax", "train", "serve")
 HEIGHT = {
     "pallas_kernels": 0,
     "idlm_jax.array_types": 1,
+    "idlm_jax.cluster": 1,
     "idlm_jax.config": 1,
     "idlm_jax.deviceless": 1,
     "idlm_jax.qwen3_sizes": 1,
@@ -26,7 +27,14 @@ HEIGHT = {
     "serve": 6,
     "idlm_jax.cli": 7,
 }
-BASE = {"idlm_jax.array_types", "idlm_jax.config", "idlm_jax.deviceless", "idlm_jax.qwen3_sizes", "idlm_jax.sharding"}
+BASE = {
+    "idlm_jax.array_types",
+    "idlm_jax.cluster",
+    "idlm_jax.config",
+    "idlm_jax.deviceless",
+    "idlm_jax.qwen3_sizes",
+    "idlm_jax.sharding",
+}
 
 
 def layer_of(module: str) -> str | None:

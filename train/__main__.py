@@ -129,19 +129,19 @@ def _plan(config: TrainConfig, target: str | None) -> int:
 
 
 def _train(config: TrainConfig, options: argparse.Namespace, step: int | Literal["best"] | None) -> int:
-    from train import hosts
+    from idlm_jax import cluster
     from train.guard import TrainingDiverged
     from train.loop import export_checkpoint, run_training
 
     try:
-        hosts.join(
+        cluster.join(
             options.coordinator,
             options.num_processes,
             options.process_id,
             is_detected=options.distributed,
             timeout_s=options.start_timeout,
         )
-        if hosts.is_first():
+        if cluster.is_first():
             logging.getLogger("pallas_kernels").setLevel(logging.INFO)  # which kernels were chosen
         if options.export_only:
             export_checkpoint(config, step)
@@ -150,7 +150,7 @@ def _train(config: TrainConfig, options: argparse.Namespace, step: int | Literal
         result = run_training(config, should_stop=lambda: stop.signal_number != 0)
         # Another process may be the one that was asked to stop.
         return 0 if result.is_finished else 128 + (stop.signal_number or signal.SIGTERM)
-    except ConfigError as error:
+    except (ConfigError, cluster.ClusterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (TrainingDiverged, ValueError, NotImplementedError, OSError) as error:

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import AutoTokenizer
 
+from idlm_jax import cluster
 from idlm_jax.weights import export_adapter, export_hf
 from train import hosts
 from train.checkpoint import Checkpoints
@@ -71,7 +72,7 @@ def run_training(
     at the end `hf/` (or `adapter/`). A run that was stopped or killed continues from its last checkpoint
     and ends with the same bits as an uninterrupted one.
 
-    After `hosts.join` every process makes this same call, on one shared folder. Process 0 alone echoes, and writes
+    After `cluster.join` every process makes this same call, on one shared folder. Process 0 alone echoes, and writes
     all but the checkpoints.
 
     Args:
@@ -86,7 +87,7 @@ def run_training(
             before, and the batch is saved in the run folder.
         ValueError: dataset, checkpoint and config do not fit together.
     """
-    if not hosts.is_first():
+    if not cluster.is_first():
         echo = _ignore
     with exclusive(config), open_checkpoints(config) as checkpoints:
         report = _prepare_dataset(config)
@@ -116,9 +117,9 @@ def run_training(
         evaluator, last_eval = Evaluator(config, start, mesh, rows), {}
         vote, profile, recent = hosts.StopVote(), ProfileWindow(config), RecentBatches()
         samples_log = SamplesLog(config.run_dir, done)
-        wandb_run = open_wandb(config) if hosts.is_first() else None
+        wandb_run = open_wandb(config) if cluster.is_first() else None
         with (
-            MetricsLog(config.run_dir, done, is_mute=not hosts.is_first(), wandb_run=wandb_run) as log,
+            MetricsLog(config.run_dir, done, is_mute=not cluster.is_first(), wandb_run=wandb_run) as log,
             contextlib.closing(profile),
             _keeping_what_diverged(recent, config.run_dir),
         ):
@@ -177,7 +178,7 @@ def export_checkpoint(config: TrainConfig, step: int | Literal["best"] | None = 
     Raises:
         ConfigError: the run has no such checkpoint, or the folder belongs to a run with other settings.
     """
-    if not hosts.is_first():
+    if not cluster.is_first():
         echo = _ignore
     with exclusive(config), open_checkpoints(config) as checkpoints:
         if not checkpoints.latest_step:
@@ -226,7 +227,7 @@ def _prepare_dataset(config: TrainConfig) -> DatasetReport:
         settings = DatasetSettings(**dataclasses.asdict(config.dataset.build))
         return build_dataset(settings, config.dataset.path, show_progress=True).fingerprint
 
-    wanted = hosts.from_first("dataset", fingerprint_of_built)
+    wanted = cluster.from_first("dataset", fingerprint_of_built)
     report = read_report(config.dataset.path)
     if report.fingerprint != wanted:
         raise ValueError(f"process {jax.process_index()} sees another dataset in {config.dataset.path} than process 0")
@@ -301,6 +302,6 @@ def _export(config: TrainConfig, start: StartingPoint, state: TrainState, echo: 
     # Exports appear whole or not at all, so a folder that is there is complete.
     if overwrite or not folder.exists():
         params = hosts.gather_to_first(state.params)
-        hosts.from_first("export", write)
+        cluster.from_first("export", write)
     echo(f"exported   {folder}")
     return folder

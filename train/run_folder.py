@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from train import hosts
+from idlm_jax import cluster
 from train.checkpoint import Checkpoints
 from train.config import ConfigError, TrainConfig, load_config, to_yaml
 
@@ -48,7 +48,7 @@ def exclusive(config: TrainConfig) -> Iterator[None]:
                 raise ConfigError(f"{config.run_dir} is being trained by another process") from None
             return ours
 
-        if hosts.from_first("lock", lock_and_tell) != ours:
+        if cluster.from_first("lock", lock_and_tell) != ours:
             raise ConfigError(f"process {jax.process_index()} was given another config than process 0")
         if not lock_path.exists():
             raise ConfigError(
@@ -78,7 +78,7 @@ def open_checkpoints(config: TrainConfig) -> Iterator[Checkpoints]:
                     + ", ".join(f"{key}={before[key]!r} (now {now[key]!r})" for key in changed)
                     + ": choose another run_name, or delete the folder"
                 )
-        if hosts.is_first():
+        if cluster.is_first():
             # Replaced in one go: a kill in between must not leave half a file, which the next start would refuse.
             partial = snapshot.with_suffix(".partial")
             partial.write_text(to_yaml(config), encoding="utf-8")

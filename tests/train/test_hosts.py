@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from idlm_jax.weights import load
 from tests.support.tiny_run import TIMINGS, TINY_MODEL, tiny_dataset, tiny_run
-from train import hosts, launch_local
-from train.config import ConfigError, TrainConfig, to_yaml
+from train import launch_local
+from train.config import TrainConfig, to_yaml
 from train.loop import run_training
 from train.mesh import arrange
 from train.metrics import read_metrics
@@ -149,35 +149,6 @@ def test_a_dead_process_ends_the_others_and_the_adapter_it_saved_is_exported_by_
     assert export.returncode == 0, output
     lm = load(lora["init_from"], adapter=config.run_dir / "adapter")
     assert np.abs(np.asarray(lm.module.blocks.attention.q.lora_b[...])).max() > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"coordinator": "a:1"}, "belong together: --num-processes, --process-id not given"),
-        ({"num_processes": 2, "process_id": 0}, "belong together: --coordinator not given"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, r"--process-id 2 must lie in 0\.\.1"),
-        ({"coordinator": "a:1", "num_processes": 2, "process_id": -1}, r"--process-id -1 must lie in 0\.\.1"),
-        ({"coordinator": "a:1", "num_processes": 0, "process_id": 0}, "--num-processes 0 must be at least 1"),
-        ({"coordinator": "host", "num_processes": 2, "process_id": 0}, "--coordinator host is not of the form"),
-        ({"coordinator": "a:99999", "num_processes": 2, "process_id": 0}, "--coordinator a:99999 is not of the form"),
-        ({"process_id": 0, "is_detected": True}, "give either it or them"),
-    ],
-    ids=str,
-)
-def test_processes_named_wrongly_are_refused_before_any_wait(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        hosts.join(**arguments)
-
-
-def test_a_coordinator_that_does_not_answer_is_named():
-    with pytest.raises(ConnectionError, match=r"process 0 does not answer at --coordinator 127\.0\.0\.1:9 within 0 s"):
-        hosts.join("127.0.0.1:9", 2, 1, timeout_s=0)
-
-
-def test_one_process_is_no_cluster_and_needs_no_port():
-    hosts.join("127.0.0.1:9", 1, 0)
-    assert hosts.from_first("unused", lambda: "told") == "told"
 
 
 @pytest.mark.parametrize("count", ["0", "-1"])
