@@ -4,8 +4,11 @@ The rest is JAX's: every process runs the same program, and an array is one arra
 needs none of this.
 """
 
+import os
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +110,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def first_host() -> str:
+    """Where the others reach process 0."""
+    address = distributed.global_state.coordinator_address
+    assert address is not None
+    return address.rpartition(":")[0]
+
+
 def from_first(name: str, work: Callable[[], str]) -> str:
     """What `work` returns in process 0. The others wait for it, and fail when it fails.
 
@@ -133,3 +143,24 @@ def from_first(name: str, work: Callable[[], str]) -> str:
         raise
     client.key_value_set(key, f"+{result}")
     return result
+
+
+def end_promptly(run: Callable[[], int]) -> int:
+    """The exit code that `run` returns; but one of several processes that fails ends here and now.
+
+    Left to itself, it would first wait minutes for the others, at JAX's closing barrier, while they wait for it.
+    """
+    try:
+        code = run()
+    except BaseException:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = 1
+    if 0 < code < 128 and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_first():
+            time.sleep(2)  # what it told the others last (`from_first`) is read from this very process
+        os._exit(code)
+    return code

@@ -1,18 +1,23 @@
 """`python -m serve --model-path FOLDER`: an OpenAI-compatible server. SGLang's flags, with vLLM's as aliases."""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import typer
 import uvicorn
 from pythonjsonlogger.json import JsonFormatter
 from tqdm import tqdm
 
 import idlm_jax
+from idlm_jax import cluster
 from serve.config import EngineConfig
+from serve.device import Device
 from serve.engine import Engine
+from serve.hosts import Leader, follow, meet_followers, meet_leader
 from serve.http.app import HttpConfig, make_app
 from serve.launch import keep_compiled, listen, num_pages
 from serve.mesh import serving_mesh
@@ -93,6 +98,21 @@ def serve(
     ] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
     kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            "--dist-init-addr", "--coordinator", help="HOST:PORT of process 0, if several hosts share the model."
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option("--nnodes", "--num-processes", help="How many processes there are.")
+    ] = None,
+    process_id: Annotated[
+        int | None, typer.Option("--node-rank", "--process-id", help="Which this one is; 0 is the one that serves.")
+    ] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="JAX finds the processes: SLURM, Kubernetes, Cloud TPU.")
+    ] = False,
     log_level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option()] = "info",
     log_format: Annotated[Literal["text", "json"], typer.Option(help="json: an object per line.")] = "text",
 ) -> None:
@@ -112,22 +132,37 @@ def serve(
         raise ValueError(f"--stride {stride} and the stride {official_stride} of {dllm_algorithm_config} differ")
     stride = stride or official_stride or DEFAULT_STRIDE
     method = idlm_jax.AR() if stride == 1 else idlm_jax.ISD(stride=stride, proposals=proposals)
-    # A port that is taken is said before minutes of loading and compiling; until these are over, clients are refused.
-    listen(host, port).close()
+    cluster.join(coordinator, num_processes, process_id, is_detected=distributed)
+    if cluster.is_first():
+        # A port that is taken is said before minutes of loading and compiling; until then, clients are refused.
+        listen(host, port).close()
     keep_compiled(compilation_cache_dir)
     mesh = serving_mesh(tp_size)
     lm = idlm_jax.load(model_path, dtype=dtype, adapter=adapter, kernels=kernels, mesh=mesh)
+    memory = max_total_tokens, mem_fraction_static, tp_size
     config = EngineConfig(
         method=method,
         max_running=max_running_requests,
         max_queued=max_queued_requests,
         max_len=context_length,
-        num_pages=num_pages(lm.config, max_total_tokens, mem_fraction_static, tp_size),
+        num_pages=int(cluster.from_first("pages", lambda: f"{num_pages(lm.config, *memory)}")),
         chunk_rows=chunked_prefill_size,
         caches_prefixes=not disable_radix_cache,
         max_logprobs=None if max_logprobs < 0 else max_logprobs,
         shapes=extras,
     )
+    with tqdm(unit="program", desc="compiling", disable=not cluster.is_first()) as bar:
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        device = Device(lm, config, show)
+    if not cluster.is_first():
+        follow(device, meet_leader(config))
+        return
+    followers = meet_followers(config) if jax.process_count() > 1 else []
+    engine = Engine(lm, config, device=Leader(device, followers) if followers else device)
     http = HttpConfig(
         model=served_model_name or model_path,
         model_path=model_path,
@@ -136,13 +171,6 @@ def serve(
         watchdog_s=watchdog_timeout,
         defaults=defaults,
     )
-    with tqdm(unit="program", desc="compiling") as bar:
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        engine = Engine(lm, config, progress=show)
     app = make_app(engine, lm, config, http)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=shutdown_timeout, log_config=None)
@@ -150,7 +178,11 @@ def serve(
     with listen(host, port) as listener:
         where = f"http://{host}:{listener.getsockname()[1]}/v1"
         logging.getLogger("serve").info("ready: %s, model %r, %d pages", where, http.model, config.num_pages)
+        # uvicorn raises again the signal that it has obeyed; a server that has drained ends well.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         server.run(sockets=[listener])
+    for follower in followers:
+        follower.close()
 
 
 def _set_up_logging(level: str, layout: str) -> None:
@@ -160,14 +192,17 @@ def _set_up_logging(level: str, layout: str) -> None:
     logging.basicConfig(handlers=[handler], level=level.upper())
 
 
-def main() -> None:
+def main() -> int:
     """Runs; a refused input ends in one line on stderr and exit code 2, never in a traceback."""
     try:
         typer.run(serve)
+    except SystemExit as ended:
+        return int(ended.code or 0)
     except (ValueError, NotImplementedError, FileNotFoundError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cluster.end_promptly(main))

@@ -21,15 +21,17 @@ def serving_mesh(tp_size: int) -> Mesh | None:
     """The first `tp_size` devices as one axis "tensor", for `idlm_jax.load`; None for one device, which needs no mesh.
 
     Raises:
-        ValueError: there are fewer devices, or several processes.
+        ValueError: there are fewer devices, or several processes whose devices are not all used.
     """
     if tp_size < 1:
         raise ValueError(f"tp_size={tp_size} must be at least 1")
+    devices = jax.devices()
+    if jax.process_count() > 1 and tp_size != len(devices):
+        raise ValueError(
+            f"tp_size={tp_size} must be the {len(devices)} devices of all {jax.process_count()} processes together"
+        )
     if tp_size == 1:
         return None
-    if jax.process_count() > 1:
-        raise ValueError(f"tp_size={tp_size}: a server is one process, but there are {jax.process_count()}")
-    devices = jax.devices()
     if tp_size > len(devices):
         raise ValueError(
             f"tp_size={tp_size} needs as many devices, but there are {len(devices)}: {devices[0].platform}"

@@ -88,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.plan is not None:
         return _plan(config, options.plan or None)
     # Imported late: a mistake in the config is answered before JAX is loaded.
-    from train import hosts
+    from idlm_jax import cluster
 
-    return hosts.end_promptly(lambda: _train(config, options, step))
+    return cluster.end_promptly(lambda: _train(config, options, step))
 
 
 def _step_of(options: argparse.Namespace) -> int | Literal["best"] | None:

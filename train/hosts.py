@@ -3,11 +3,6 @@
 Process 0 alone writes for people (metrics, progress, exports); checkpoints are written by all.
 """
 
-import os
-import sys
-import time
-import traceback
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,24 +51,3 @@ def gather_to_first(tree: Any) -> Any:
         if cluster.is_first():
             whole.append(jax.device_put(gathered, host))
     return jax.tree.unflatten(structure, whole) if cluster.is_first() else None
-
-
-def end_promptly(run: Callable[[], int]) -> int:
-    """The exit code that `run` returns; but one of several processes that fails ends here and now.
-
-    Left to itself, it would first wait minutes for the others, at JAX's closing barrier, while they wait for it.
-    """
-    try:
-        code = run()
-    except BaseException:
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        code = 1
-    if 0 < code < 128 and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if cluster.is_first():
-            time.sleep(2)  # what it told the others last (`cluster.from_first`) is read from this very process
-        os._exit(code)
-    return code
