@@ -1,6 +1,7 @@
 """`python -m serve --model-path FOLDER`: an OpenAI-compatible server. SGLang's flags, with vLLM's as aliases."""
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -194,6 +195,9 @@ def _set_up_logging(level: str, layout: str) -> None:
 
 def main() -> int:
     """Runs; a refused input ends in one line on stderr and exit code 2, never in a traceback."""
+    # Process 1 of a container has no handler of its own, and a start can take minutes. An exception could get lost in a
+    # callback of the compiler.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     try:
         typer.run(serve)
     except SystemExit as ended:

@@ -206,7 +206,21 @@ def _everywhere(op: Callable[..., Any], module: Qwen3, plan: StepPlan, **options
     )
     if plan.mesh is None:
         return op
-    return jax.shard_map(op, mesh=plan.mesh, in_specs=P(), out_specs=P(), check_vma=False)
+
+    def everywhere(*args: Any) -> Any:
+        # A prefill has no drafts to verify, and an array without elements crashes the partitioner of jax 0.11.2 (a null
+        # pointer in Shardy's ManualComputationUnusedInputsPattern): such an array is made inside.
+        leaves, tree = jax.tree.flatten(args)
+
+        def inside(*given: Array) -> Any:
+            rest = iter(given)
+            every = [next(rest) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+            return op(*jax.tree.unflatten(tree, every))
+
+        mapped = jax.shard_map(inside, mesh=plan.mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        return mapped(*(leaf for leaf in leaves if leaf.size))
+
+    return everywhere
 
 
 def _how_many(
