@@ -1,6 +1,6 @@
 """What the engine itself costs: processor time of its thread per step, and how long a device would wait for it.
 
-    python -m benchmarks.host_time [--batch 32] [--stride 4] [--device-ms 5]
+    python -m benchmarks.host_time [--batch 32] [--stride 4] [--device-ms 5] [--trace trace.json]
 
 The device is a stand-in that computes nothing: it commits random numbers of tokens, and keeps each step's outcome back
 for as long as it is told to. No model runs, so the numbers are the host's alone.
@@ -8,8 +8,12 @@ for as long as it is told to. No model runs, so the numbers are the host's alone
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -26,6 +30,14 @@ from serve.engine import Engine
 from serve.packing import Layout, layout_of
 
 
+class Span(NamedTuple):
+    """A stretch of time on a line of the trace, in seconds."""
+
+    line: Literal["device computes", "engine waits for the device"]
+    start: float
+    end: float
+
+
 @dataclasses.dataclass(frozen=True)
 class HostTime:
     """What was measured.
@@ -35,22 +47,26 @@ class HostTime:
         median_ms: processor time of the engine's thread per step, half of the steps took less.
         p99_ms: 99 of 100 steps took less.
         idle_share: share of the time from the first step to the last in which the device had nothing to do.
+        spans: what happened when.
     """
 
     num_steps: int
     median_ms: float
     p99_ms: float
     idle_share: float
+    spans: list[Span]
 
 
 class Later:
-    """An outcome that is there at some time."""
+    """An outcome that is there at some time. Whoever waits for it is put down in `spans`."""
 
-    def __init__(self, words: np.ndarray, ready_at: float):
-        self._words, self._ready_at = words, ready_at
+    def __init__(self, words: np.ndarray, ready_at: float, spans: list[Span]):
+        self._words, self._ready_at, self._spans = words, ready_at, spans
 
     def __array__(self) -> np.ndarray:
-        time.sleep(max(0.0, self._ready_at - time.perf_counter()))
+        start = time.perf_counter()
+        time.sleep(max(0.0, self._ready_at - start))
+        self._spans.append(Span("engine waits for the device", start, time.perf_counter()))
         return self._words
 
 
@@ -62,6 +78,7 @@ class StandIn:
         self._rng = np.random.default_rng(0)
         self._left = np.zeros(layout.idle_slot + 1, np.int64)  # tokens that each slot may still commit
         self._forwards = np.zeros_like(self._left)
+        self.spans: list[Span] = []
         self._first: float | None = None
         self._busy_until = self._idle = 0.0
 
@@ -99,8 +116,10 @@ class StandIn:
         if self._first is None:
             self._first = self._busy_until = now
         self._idle += max(0.0, now - self._busy_until)
-        self._busy_until = max(now, self._busy_until) + self._seconds
-        return Later(words, self._busy_until)
+        start = max(now, self._busy_until)
+        self._busy_until = start + self._seconds
+        self.spans.append(Span("device computes", start, self._busy_until))
+        return Later(words, self._busy_until, self.spans)
 
 
 def measure(
@@ -125,7 +144,17 @@ def measure(
             prompt = rng.integers(0, 1000, size=int(rng.integers(20, 300))).tolist()
             engine.submit(prompt, SamplingParams(max_tokens=max_tokens, temperature=1.0))
     per_step = np.diff(at) * 1000
-    return HostTime(len(per_step), float(np.median(per_step)), float(np.percentile(per_step, 99)), device.idle_share)
+    median, p99 = np.percentile(per_step, [50, 99])
+    return HostTime(len(per_step), float(median), float(p99), device.idle_share, device.spans)
+
+
+def write_trace(path: Path, spans: Sequence[Span]) -> None:
+    """In Chrome's format, for https://ui.perfetto.dev."""
+    events = [
+        {"name": line, "ph": "X", "pid": 0, "tid": line, "ts": 1e6 * start, "dur": 1e6 * (end - start)}
+        for line, start, end in spans
+    ]
+    path.write_text(json.dumps({"traceEvents": events}))
 
 
 def main() -> int:
@@ -134,9 +163,12 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--stride", type=int, default=4)
     parser.add_argument("--device-ms", type=float, default=5.0)
+    parser.add_argument("--trace", type=Path, help="a JSON file to look at in Perfetto")
     args = parser.parse_args()
     config = EngineConfig(method=ISD(stride=args.stride), max_running=args.batch, num_pages=64 * args.batch)
     found = measure(config, QWEN3_SIZES["Qwen3-8B"], args.device_ms)
+    if args.trace is not None:
+        write_trace(args.trace, found.spans)
     print(
         f"batch {args.batch}, stride {args.stride}, {found.num_steps} steps of {args.device_ms} ms: "
         f"host {found.median_ms:.3f} ms a step (median; 99 % below {found.p99_ms:.3f}), "
