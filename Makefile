@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next test-page chromium proofs compiled plans lint clean
+.PHONY: help demo test test-fast test-next test-page chromium soak eval proofs compiled plans lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -47,7 +47,13 @@ chromium:
 	@test -x "$(CHROMIUM)" || { echo "No Chromium at $(CHROMIUM). Install one (Debian: apt install chromium) or name it:" \
 	    "make test-page CHROMIUM=/path/to/chromium" >&2; exit 1; }
 
-proofs: .venv/.dev .venv-next/.dev  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
+soak: .venv/.dev  ## benchmarks/results/soak/: ten minutes of random traffic on the real server, which must come out clean
+	.venv/bin/python -m benchmarks.soak
+
+eval: .venv/.dev .venv-eval/.installed  ## lm-evaluation-harness, in an environment of its own, measures through the server
+	.venv/bin/pytest -m proof tests/serve/test_lm_eval.py
+
+proofs: .venv/.dev .venv-next/.dev .venv-eval/.installed  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
 	.venv/bin/pytest $(parallel) -m "proof and not compile"
 	.venv-next/bin/pytest $(parallel) -m "proof and compile"
 
@@ -63,7 +69,7 @@ lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/pyright
 
 clean:  ## remove environments, caches and build outputs (never runs/ or out/)
-	rm -rf .venv .venv-next build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next .venv-eval build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: a second call costs nothing, an edited requirement reinstalls.
@@ -85,6 +91,13 @@ clean:  ## remove environments, caches and build outputs (never runs/ or out/)
 
 .venv/.browser: .venv/.dev
 	$(call install,.venv) --editable ".[browser]"
+	touch $@
+
+# Apart from .venv: forty packages that nothing here imports. transformers is for its tokenizers.
+.venv-eval/.installed: $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found: make eval PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-eval
+	$(call install,.venv-eval) "lm_eval[api]==0.4.13" transformers
 	touch $@
 
 .venv-next/.created:

@@ -180,10 +180,12 @@ def serve(
         where = f"http://{host}:{listener.getsockname()[1]}/v1"
         logging.getLogger("serve").info("ready: %s, model %r, %d pages", where, http.model, config.num_pages)
         # uvicorn raises again the signal that it has obeyed; a server that has drained ends well.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        server.run(sockets=[listener])
-    for follower in followers:
-        follower.close()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            server.run(sockets=[listener])
+        finally:
+            for follower in followers:
+                follower.close()
 
 
 def _set_up_logging(level: str, layout: str) -> None:

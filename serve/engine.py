@@ -191,12 +191,16 @@ class Engine:
             self._flushes = True
             self._wake.notify()
 
-    def close(self, *, drain: bool = True) -> None:
-        """Refuses new requests, finishes those that are there, or aborts them, and ends the thread."""
+    def close(self, *, drain: bool = True, timeout_s: float | None = None) -> bool:
+        """Refuses new requests, finishes those that are there, or aborts them, and ends the thread.
+
+        Returns whether it has ended; with a timeout, a device that hangs keeps it.
+        """
         with self._wake:
             self._closing = "drain" if drain else "abort"
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def __enter__(self) -> "Engine":
         return self

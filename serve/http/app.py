@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from idlm_jax.decoding.prompts import encode_prompt
@@ -24,7 +25,7 @@ from idlm_jax.model.language_model import LanguageModel
 from serve.config import EngineConfig
 from serve.engine import Engine
 from serve.handle import EngineError, Piece
-from serve.http.errors import ApiError, from_validation
+from serve.http.errors import ApiError, ErrorBody, from_validation
 from serve.http.gate import Gate
 from serve.http.jobs import Job, Jobs
 from serve.http.metrics import EngineCollector, Latencies
@@ -34,6 +35,17 @@ from serve.http.replies import events, whole
 from serve.http.schemas import AbortRequest, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serve.official import Defaults
 from serve.scheduler import QueueFull
+
+logger = logging.getLogger(__name__)
+
+# For the OpenAPI document.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "Refused, or not now."},
+    "5XX": {"model": ErrorBody, "description": "The engine failed, or is down."},
+}
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, or its events.", "content": {"text/event-stream": {}}}
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,7 @@ class HttpConfig:
         max_body_bytes: largest request.
         health_timeout_s: how long one token may take before `/health_generate` calls the engine ill.
         watchdog_s: how long requests may wait for a step before `/health` does; a device that hangs says nothing.
+        close_timeout_s: how long a server that ends waits for the device.
         defaults: for requests that do not say how to sample.
     """
 
@@ -56,6 +69,7 @@ class HttpConfig:
     max_body_bytes: int = 16 * 2**20
     health_timeout_s: float = 20.0
     watchdog_s: float = 300.0
+    close_timeout_s: float = 10.0
     defaults: Defaults = dataclasses.field(default_factory=Defaults)
 
 
@@ -92,9 +106,10 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         # Connections are gone by now, so nobody waits for what might still run.
-        await run_in_threadpool(engine.close, drain=False)
+        if not await run_in_threadpool(engine.close, drain=False, timeout_s=config.close_timeout_s):
+            logger.error("the device did not come back within %g s; ending without it", config.close_timeout_s)
 
-    app = FastAPI(title="I-DLM", lifespan=lifespan)
+    app = FastAPI(title="I-DLM", lifespan=lifespan, responses=ERRORS)
     app.add_middleware(Gate, api_keys=config.api_keys, max_body_bytes=config.max_body_bytes)
     _add_error_handlers(app)
     app.router.routes += routes()
@@ -115,11 +130,11 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
         finally:
             jobs.close(job)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAMS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await answer(body, request)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await answer(body, request)
 
@@ -135,7 +150,7 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
         check_model(name)
         return card
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         if engine.failure is not None:
             raise ApiError(503, engine.failure, code="unavailable")
@@ -143,12 +158,12 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
             raise ApiError(503, f"requests wait, and no step ended for {engine.stalled_s:.0f} s", code="unavailable")
         return Response()
 
-    @app.get("/health_generate", response_model=None)
+    @app.get("/health_generate", response_class=Response)
     async def health_generate() -> Response:
         await _generate_one(engine, lm, config.health_timeout_s)
         return Response()
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 

@@ -5,9 +5,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.responses import Response
 
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 499: "client_closed_request"}
+
+
+class Problem(BaseModel):
+    """What is wrong, for the OpenAPI document; `ApiError` says the same."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error's JSON, for the OpenAPI document."""
+
+    error: Problem
 
 
 class ApiError(Exception):

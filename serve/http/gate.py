@@ -42,7 +42,8 @@ class Gate:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max:
-                raise HTTPException(413, self._too_large().message)
+                # Without the hint the rest would be read after all, to get at the connection's next request.
+                raise HTTPException(413, self._too_large().message, {"connection": "close"})
             return message
 
         await self._app(scope, counted, send)
