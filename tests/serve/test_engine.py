@@ -12,7 +12,7 @@ import pytest
 from idlm_jax.decoding import AR, ISD, Completion, SamplingParams, generate
 from idlm_jax.model.language_model import from_module
 from serve.config import EngineConfig
-from serve.device import Draws, draws_of
+from serve.device import Device, Draws, draws_of
 from serve.engine import Engine
 from serve.handle import EngineError, RequestHandle
 from serve.requests import QueueFull
@@ -311,3 +311,16 @@ def test_a_crowd_with_shared_prefixes_and_aborts_from_many_threads_changes_no_to
         assert tokens == (want if reason == "length" else want[: len(tokens)]), index
         assert reason in (("length",) if aborts_after[index] is None else ("length", "abort"))
     assert len(results) == 192
+
+
+@pytest.mark.parametrize("method", [AR(), ISD(stride=4)], ids=str)
+def test_no_program_copies_the_pool(lm, method):
+    """Once it did: AR at batch 1, where a step writes a single row, took a hundred times as long as it should."""
+    sizes = dataclasses.replace(CONFIG, method=method, max_running=1, decode_batches=(1,), prefill_shapes=((1, 16),))
+    device = Device(lm, dataclasses.replace(sizes, num_pages=20_000))
+    pool_bytes = sum(pool.nbytes for pool in device._state.cache)
+    assert len(device._programs) == 2
+    for name, program in device._programs.items():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= pool_bytes, name
+        assert memory.temp_size_in_bytes < pool_bytes / 20, name
