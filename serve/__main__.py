@@ -44,6 +44,9 @@ def serve(
     proposals: Annotated[
         Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
     ] = "sampled",
+    branches: Annotated[
+        int, typer.Option(help="Groups of MASKs per forward, 1..stride: more rows, fewer forwards.")
+    ] = 1,
     dllm_algorithm: Annotated[
         str | None, typer.Option(help=f"The reference server's flag; {ALGORITHM} is the one algorithm here.")
     ] = None,
@@ -132,7 +135,9 @@ def serve(
     if None not in (stride, official_stride) and stride != official_stride:
         raise ValueError(f"--stride {stride} and the stride {official_stride} of {dllm_algorithm_config} differ")
     stride = stride or official_stride or DEFAULT_STRIDE
-    method = idlm_jax.AR() if stride == 1 else idlm_jax.ISD(stride=stride, proposals=proposals)
+    method = idlm_jax.ISD(stride=stride, proposals=proposals, branches=branches)
+    if stride == 1:
+        method = idlm_jax.AR()
     cluster.join(coordinator, num_processes, process_id, is_detected=distributed)
     if cluster.is_first():
         # A port that is taken is said before minutes of loading and compiling; until then, clients are refused.

@@ -97,9 +97,10 @@ class EngineConfig:
             num_pages=self.num_pages,
             page_size=self.page_size,
             stride=self.stride,
+            branches=self.method.branches,
             max_len=max_len,
             prefill_shapes=shapes,
-            max_step_rows=self.max_step_rows or self.max_running * (2 * self.stride - 1) + widest,
+            max_step_rows=self.max_step_rows or self.max_running * self.method.window_len + widest,
             max_queued=self.max_queued,
             caches_prefixes=self.caches_prefixes,
         )

@@ -183,6 +183,7 @@ def _plan(lm: LanguageModel, config: EngineConfig, level: Draws, mesh: Mesh | No
     method, mask_id = config.method, lm.config.mask_token_id
     return StepPlan(
         num_masks=method.num_masks,
+        branches=method.branches,
         argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
         soft_proposals=isinstance(method, ISD) and method.rule == "official",
         filtered=level >= Draws.FILTERED,

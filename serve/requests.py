@@ -26,6 +26,7 @@ class Limits:
         num_pages: pages of the pool, the sink included.
         page_size: tokens per page.
         stride: most tokens that a forward commits.
+        branches: groups of MASKs in a decode window.
         max_len: longest request, prompt and completion.
         prefill_shapes: (requests, rows) of the prefill programs.
         max_step_rows: query rows that decode windows and prefill chunks may add up to. Prompts still advance by the
@@ -43,19 +44,24 @@ class Limits:
     max_step_rows: int
     max_queued: int
     caches_prefixes: bool = True
+    branches: int = 1
 
     @property
     def window_len(self) -> int:
-        """Rows of one decode window: the pending token, its drafts, and as many MASKs."""
-        return 2 * self.stride - 1
+        """Rows of one decode window: the pending token, its drafts, and as many MASKs per branch."""
+        return self.rows(self.stride)
+
+    def rows(self, stride: int) -> int:
+        """Rows of a decode window of some stride."""
+        return stride + self.branches * (stride - 1)
 
     def span(self, end: int) -> int:
         """Slots in which a request that ends before position `end` may write anything that counts.
 
-        Its last token is never written. But a MASK stands behind room for all drafts also where there are none, so the
-        one that drafts this token may be as many slots further on.
+        Its last token is never written. But a MASK stands behind room for all drafts also where there are none, and
+        behind other branches, so the one that drafts this token may be as many slots further on.
         """
-        return end - 1 + self.stride - 1
+        return end - 1 + self.window_len - self.stride
 
     def pages_for(self, request: "Request", num_slots: int) -> int:
         """Pages of a request that wants to write `num_slots` slots, of which those past its span count for nothing."""

@@ -73,7 +73,7 @@ class Scheduler:
         stride = self.stride_for(sum(request.phase is Phase.DECODE for request in self.running))
         windows = self._plan_windows(stride)
         self._admit()
-        shape, chunks = self._plan_chunks(self.limits.max_step_rows - len(windows) * (2 * stride - 1))
+        shape, chunks = self._plan_chunks(self.limits.max_step_rows - len(windows) * self.limits.rows(stride))
         if not windows and not chunks:
             return None
         for window in windows:
@@ -135,7 +135,7 @@ class Scheduler:
                 continue
             context_len = len(request.tokens) - 1 + request.in_flight * stride  # at most
             first = len(request.pages)
-            missing = self.limits.pages_for(request, context_len + 2 * stride - 1) - first
+            missing = self.limits.pages_for(request, context_len + self.limits.rows(stride)) - first
             if missing > 0:
                 pages = self._take_pages(missing, request)
                 if pages is None:

@@ -20,6 +20,9 @@ def evaluate(
     dataset: Annotated[Path, typer.Argument(help="Folder written by `idlm pack`.")],
     adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
     strides: Annotated[str, typer.Option(help="Strides to decode with, comma-separated.")] = "2,3,4,8",
+    branches: Annotated[
+        str, typer.Option(help="Groups of MASKs per forward, comma-separated; 'full' is one behind every prefix.")
+    ] = "1",
     block_length: Annotated[int, typer.Option(help="MASKs per block in the teacher-forced measurement.")] = 3,
     num_prompts: Annotated[int, typer.Option(help="Held-out prompts to complete.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 48,
@@ -42,7 +45,11 @@ def evaluate(
         console.print(f"{name:32} {value:.4f}")
     data: Any = import_from_checkout("train.data")
     prompts = data.heldout_prompts(dataset, num_prompts, prompt_tokens)
-    methods = [idlm_jax.ISD(stride=int(stride)) for stride in strides.split(",")]
+    methods = [
+        idlm_jax.ISD(stride=int(stride), branches=int(stride if count == "full" else count))
+        for stride in strides.split(",")
+        for count in branches.split(",")
+    ]
     params = [
         idlm_jax.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
         for seed in range(len(prompts))

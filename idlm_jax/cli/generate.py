@@ -14,9 +14,11 @@ import idlm_jax
 from idlm_jax.decoding.method import Method
 
 
-def make_method(stride: int, proposals: Literal["sampled", "argmax"]) -> Method:
+def make_method(stride: int, proposals: Literal["sampled", "argmax"], branches: int = 1) -> Method:
     """AR for stride 1, else ISD."""
-    return idlm_jax.AR() if stride == 1 else idlm_jax.ISD(stride=stride, proposals=proposals)
+    if stride == 1 and branches == 1:
+        return idlm_jax.AR()
+    return idlm_jax.ISD(stride=stride, proposals=proposals, branches=branches)
 
 
 def generate(
@@ -29,6 +31,9 @@ def generate(
     proposals: Annotated[
         Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
     ] = "sampled",
+    branches: Annotated[
+        int, typer.Option(help="Groups of MASKs per forward, 1..stride: more rows, fewer forwards.")
+    ] = 1,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -53,7 +58,7 @@ def generate(
         texts = [
             str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns
         ]
-    method = make_method(stride, proposals)
+    method = make_method(stride, proposals, branches)
     params = [
         idlm_jax.SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + index

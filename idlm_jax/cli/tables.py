@@ -13,7 +13,8 @@ def method_name(method: Method) -> str:
     if not isinstance(method, ISD):
         return "AR"
     kind = "" if (method.proposals, method.rule) == ("sampled", "exact") else f" {method.proposals}, {method.rule}"
-    return f"ISD N={method.stride}{kind}"
+    branches = f" x{method.branches}" if method.branches > 1 else ""
+    return f"ISD N={method.stride}{branches}{kind}"
 
 
 def method_table(title: str, reports: Sequence[MethodReport], *, is_greedy: bool) -> Table:

@@ -160,6 +160,7 @@ def prepare_batch(
     )
     plan = StepPlan(
         num_masks=method.num_masks,
+        branches=method.branches,
         argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
         soft_proposals=isinstance(method, ISD) and method.rule == "official",
         # A greedy request has nothing to filter.

@@ -16,6 +16,15 @@ class AR:
     def num_masks(self) -> int:
         return 0
 
+    @property
+    def branches(self) -> int:
+        return 1
+
+    @property
+    def window_len(self) -> int:
+        """Query rows of a decode forward, W."""
+        return 1
+
 
 @dataclasses.dataclass(frozen=True)
 class ISD:
@@ -25,12 +34,18 @@ class ISD:
         stride: the most tokens one forward can commit, 1 to 16. A stride of 1 is AR.
         proposals: "sampled" draws each draft from the model's own distribution at its MASK; "argmax" takes the most
             likely token, whose distribution is then a point mass. Both are exact.
+        branches: groups of MASKs per forward, 1 to `stride`. One stands behind the last draft, so a refused draft
+            leaves nothing to verify next time (a cold start). With as many as `stride`, every prefix of the drafts has
+            its own and no start is cold, at stride^2 rows. In between, they stand behind the prefixes at which
+            verification is most likely to end, by the drafts' own probabilities. All are exact. Source: differs, the
+            reference has one group.
         rule: "exact", or "official": argmax proposals checked against the soft distribution they were not drawn from,
             as the reference implementation does. Its samples are not distributed as AR's; kept for comparison.
     """
 
     stride: int = 4
     proposals: Literal["sampled", "argmax"] = "sampled"
+    branches: int = 1
     rule: Literal["exact", "official"] = "exact"
 
     def __post_init__(self) -> None:
@@ -38,15 +53,24 @@ class ISD:
             raise ValueError(f"stride={self.stride} must lie in 1..{MAX_STRIDE}")
         if self.proposals not in ("sampled", "argmax"):
             raise ValueError(f"proposals={self.proposals!r} must be 'sampled' or 'argmax'")
+        if not 1 <= self.branches <= self.stride:
+            raise ValueError(f"branches={self.branches} must lie in 1..{self.stride}, the stride")
         if self.rule not in ("exact", "official"):
             raise ValueError(f"rule={self.rule!r} must be 'exact' or 'official'")
         if self.rule == "official" and self.proposals != "argmax":
             raise ValueError("rule='official' is defined for proposals='argmax' only")
+        if self.rule == "official" and self.branches > 1:
+            raise ValueError("rule='official' has one group of MASKs: branches must be 1")
 
     @property
     def num_masks(self) -> int:
         """MASK rows behind each verified prefix, M = stride - 1."""
         return self.stride - 1
+
+    @property
+    def window_len(self) -> int:
+        """Query rows of a decode forward: the pending token, M drafts, and M MASKs per branch."""
+        return self.stride + self.branches * self.num_masks
 
 
 Method = AR | ISD
@@ -58,6 +82,7 @@ class StepPlan:
 
     Attributes:
         num_masks: proposals verified and drafted per forward, M.
+        branches: groups of M MASKs per forward.
         argmax_proposals: draft the most likely token instead of a draw.
         soft_proposals: take an argmax draft for a draw from its MASK row's distribution (the official rule).
         filtered: at least one request uses top-k or top-p, so rows must be searched for thresholds.
@@ -74,7 +99,18 @@ class StepPlan:
     all_greedy: bool
     num_top_logprobs: int | None
     mask_token_id: int
+    branches: int = 1
     mesh: Mesh | None = None
+
+    @property
+    def window_len(self) -> int:
+        """Query rows of a decode forward, W."""
+        return 1 + (1 + self.branches) * self.num_masks
+
+    @property
+    def places_branches(self) -> bool:
+        """Whether prefixes compete for branches, by how likely verification is to end at each."""
+        return self.num_masks > 0 and 1 < self.branches <= self.num_masks
 
     @property
     def keeps_proposal_logits(self) -> bool:

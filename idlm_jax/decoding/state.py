@@ -66,6 +66,7 @@ class DecodeState(NamedTuple):
     proposals: Int[Array, "B M"]
     proposal_logits: Float[Array, "B M V"] | None  # what they were drawn from; None for point masses
     proposal_stats: RowStats | None
+    confidence: Float[Array, "B M"] | None  # q of each proposal, if the plan places branches by it
     num_proposals: Int[Array, " B"]  # 0 means that the next forward is a cold start
     sampling: Sampling
     shaping: Shaping | None  # None where nobody wants anything of it
@@ -101,7 +102,9 @@ def initial_state(
     batch, capacity = tokens.shape
     num_masks = plan.num_masks
     if paging is None:
-        pages_per_request = -(-(capacity + 2 * num_masks) // PAGE_SIZE)  # the last window starts inside the capacity
+        pages_per_request = -(
+            -(capacity + plan.window_len - 1) // PAGE_SIZE
+        )  # the last window starts inside the capacity
         paging = contiguous_pages(batch, pages_per_request), empty_cache(config, batch * pages_per_request)
     is_idle = jnp.asarray(end) <= jnp.asarray(prompt_len)
 
@@ -130,6 +133,7 @@ def initial_state(
         proposals=zeros(num_masks),
         proposal_logits=proposal_logits,
         proposal_stats=proposal_stats,
+        confidence=zeros(num_masks, dtype=jnp.float32) if plan.places_branches else None,
         num_proposals=zeros(),
         sampling=sampling,
         shaping=shaping,

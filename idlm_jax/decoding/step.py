@@ -95,7 +95,7 @@ def decode_window(
     module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None = None
 ) -> tuple[DecodeState, Committed]:
     """`decode_step` for an owner that keeps the committed tokens itself; `allowed` as in `shape`, for the anchors."""
-    group_prefix = state.num_proposals[:, None]  # one group, behind the last draft
+    group_prefix = _prefixes(plan, state)
     window = build_window(
         jnp.concatenate([state.pending[:, None], state.proposals], axis=1),
         state.num_proposals + 1,
@@ -113,6 +113,22 @@ def decode_window(
         lora_gate=window.is_mask,
     )
     return _commit_and_draft(module, plan, state._replace(cache=cache), hidden, group_prefix, allowed=allowed)
+
+
+def _prefixes(plan: StepPlan, state: DecodeState) -> Int[Array, "B P"]:
+    """Drafts that each group of MASKs takes for granted."""
+    num_prefixes = plan.num_masks + 1
+    if plan.num_masks == 0 or plan.branches == 1:
+        return state.num_proposals[:, None]
+    every = jnp.broadcast_to(jnp.arange(num_prefixes, dtype=jnp.int32), (len(state.pending), num_prefixes))
+    if not plan.places_branches:
+        return every
+    assert state.confidence is not None
+    # A guess at where verification will end, from q alone: drafts must not depend on its outcome.
+    accept = jnp.where(every[:, 1:] <= state.num_proposals[:, None], state.confidence, 0.0)
+    reached = jnp.cumprod(jnp.pad(accept, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+    ends_here = reached * (1.0 - jnp.pad(accept, ((0, 0), (0, 1))))
+    return jax.lax.top_k(ends_here, plan.branches)[1].astype(jnp.int32)
 
 
 def _commit_and_draft(
@@ -319,6 +335,10 @@ def _draft(
     proposals, stats = op(chosen, state.sampling, state.context_len + 1)
     if plan.keeps_proposal_logits:
         state = state._replace(proposal_logits=chosen)
+    if plan.places_branches:
+        is_mask_id = jnp.arange(chosen.shape[2])[None, None] == plan.mask_token_id
+        probs = jax.nn.softmax(jnp.where(is_mask_id, -jnp.inf, chosen), axis=-1)
+        state = state._replace(confidence=jnp.take_along_axis(probs, proposals[..., None], axis=-1)[..., 0])
     if state.proposal_stats is not None:
         # Also in a step of greedy requests alone: in a later step that draws for others, these are their point masses.
         state = state._replace(proposal_stats=stats)

@@ -46,6 +46,23 @@ def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
     assert sum(c.num_forwards for c in isd) < sum(c.num_forwards for c in ar)
 
 
+@pytest.mark.parametrize(
+    ("stride", "branches"),
+    [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 2), (8, 3), (8, 8))), (4, 4)],
+)
+@pytest.mark.parametrize("name", ["idlm", "r_isd"])
+def test_branches_change_no_greedy_token_and_save_forwards(name, stride, branches, request):
+    lm = request.getfixturevalue(name)
+    prompts = random_prompts(200, 20, 11)
+    ar = generate(lm, prompts, AR(), GREEDY, batch_size=256)
+    plain = generate(lm, prompts, ISD(stride=stride), GREEDY, batch_size=256)
+    branched = generate(lm, prompts, ISD(stride=stride, branches=branches), GREEDY, batch_size=256)
+    assert ids(branched) == ids(ar)
+    assert sum(c.num_forwards for c in branched) < sum(c.num_forwards for c in plain)
+    cold = sum(c.num_cold_starts for c in branched)
+    assert cold == 0 if branches == stride else 0 < cold < sum(c.num_cold_starts for c in plain)
+
+
 def test_r_isd_equals_the_base_model_without_its_adapter(r_isd, idlm):
     """Same seed, so `idlm` holds the base weights of `r_isd`."""
     prompts = random_prompts(32, 20, 11, seed=1)
@@ -61,9 +78,10 @@ def test_r_isd_equals_the_base_model_without_its_adapter(r_isd, idlm):
     "method",
     [
         ISD(stride=4),
+        ISD(stride=4, branches=2),
         *(
             pytest.param(method, marks=pytest.mark.slow)
-            for method in (AR(), ISD(stride=2), ISD(stride=4, proposals="argmax"))
+            for method in (AR(), ISD(stride=2), ISD(stride=4, proposals="argmax"), ISD(stride=4, branches=4))
         ),
     ],
     ids=str,

@@ -103,11 +103,21 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
     def probs(row: np.ndarray, before: list[int]) -> np.ndarray:
         return dense_probs(shaped(row, params, prompt, before[len(prompt) :], stops), params, mask_id)
 
+    def branches(confidence: list[float]) -> list[int]:
+        """Prefixes that have MASKs behind them: all, or those at which verification will most likely end."""
+        if method.branches == 1 or method.branches == method.num_masks + 1:
+            return [len(confidence)] if method.branches == 1 else list(range(method.num_masks + 1))
+        ends = [np.prod(confidence[:j]) * (1 - confidence[j]) for j in range(len(confidence))]
+        ends.append(np.prod(confidence))
+        return sorted(range(len(ends)), key=lambda j: -ends[j])[: method.branches]
+
     committed, drafts, draft_probs, forwards = list(prompt), [], [], 0
+    confidence: list[float] = []
     end, stops = len(prompt) + params.max_tokens, {*params.stop_token_ids, *lm.config.eos_token_ids}
     while True:
         logits = rows(committed + drafts, method.num_masks)
         forwards += 1
+        before, prefixes = list(committed), branches(confidence)
         new: list[int] = []
         for draft, q in zip(drafts, draft_probs, strict=True):
             position = len(committed) + len(new)
@@ -122,17 +132,19 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
             position = len(committed) + len(drafts)
             p = probs(logits[position - 1], committed + new)
             new.append(_draw(p, params, position, Purpose.COMMIT))
-        all_accepted = len(new) == len(drafts) + 1
-        first_mask = len(committed) + len(drafts)
+        accepted = drafts[: len(new) - 1]
         for token in new:
             committed.append(token)
             if token in stops or len(committed) == end:
                 return TwinResult(committed[len(prompt) :], forwards)
-        drafts, draft_probs = [], []
-        if all_accepted:
+        drafts, draft_probs, confidence = [], [], []
+        if len(accepted) in prefixes:
+            behind = rows(before + accepted, method.num_masks)  # one forward of its own, which the window spares
             for k in range(method.num_masks):
-                q = probs(logits[first_mask + k], committed)
+                row = behind[len(before) + len(accepted) + k]
+                q = probs(row, committed)
                 argmax = isinstance(method, ISD) and method.proposals == "argmax"
                 draft = int(np.argmax(q)) if argmax else _draw(q, params, len(committed) + k, Purpose.PROPOSE)
                 drafts.append(draft)
                 draft_probs.append(np.eye(len(q))[draft] if argmax else q)
+                confidence.append(float(dense_probs(row, SamplingParams(temperature=1.0), mask_id)[draft]))

@@ -63,8 +63,13 @@ class FakeDevice:
         self.check_reads(slot, context_len)
         num_masks = self.limits.stride - 1
         # Row by row: where it is written, and what it predicts. MASKs stand behind room for all drafts, used or not.
+        prefixes = [slot.num_drafts]
+        if self.limits.branches > 1:
+            prefixes = self.rng.sample(range(self.limits.stride), self.limits.branches)
         rows = [(draft, draft + 1) for draft in range(slot.num_drafts + 1)]
-        rows += [(num_masks + k, slot.num_drafts + 1 + k) for k in range(1, num_masks + 1)]
+        for group, prefix in enumerate(prefixes):
+            first = (1 + group) * num_masks
+            rows += [(first + k, prefix + 1 + k) for k in range(1, num_masks + 1) if prefix <= slot.num_drafts]
         for row, predicts in rows:
             if slot.is_running and context_len + predicts < slot.end:
                 assert self.where(slot, context_len + row)[0] != SINK, "a row that may count lies in the sink"
@@ -72,10 +77,9 @@ class FakeDevice:
         if not slot.is_running:
             return Result([], False, True)
         accepted = self.rng.randint(0, slot.num_drafts)
-        is_rejected = accepted < slot.num_drafts
         tokens = self.commit(slot, accepted + 1)
         self.write(slot, context_len, slot.tokens[context_len:-1] if tokens else [], 0)
-        slot.num_drafts = 0 if is_rejected else self.limits.stride - 1
+        slot.num_drafts = self.limits.stride - 1 if accepted in prefixes else 0
         return Result(tokens, slot.num_drafts > 0, not slot.is_running)
 
     def run_chunk(self, chunk: Chunk, rows: int) -> Result:

@@ -122,7 +122,11 @@ class Autoregressive(Serving):
     sizes = limits(stride=1, page_size=2, num_pages=24)
 
 
-@pytest.mark.parametrize("machine", [Serving, TightServing, Autoregressive])
+class Branched(Serving):
+    sizes = limits(branches=2, num_pages=14, max_step_rows=30)
+
+
+@pytest.mark.parametrize("machine", [Serving, TightServing, Autoregressive, Branched])
 def test_no_page_leaks_has_two_owners_or_is_shared_before_it_is_committed(machine):
     run_state_machine_as_test(
         machine,

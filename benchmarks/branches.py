@@ -1,0 +1,138 @@
+"""How far drafting rules get on one model: tokens per forward, rows per token, and cold starts, at each stride.
+
+python -m benchmarks.branches    # a quarter of an hour on two cores -> benchmarks/results/branches/<name>.{json,md}
+
+Every rule completes the same held-out prompts. "official" is the reference implementation's: one group of MASKs, argmax
+drafts checked against a distribution they were not drawn from (at temperature 1 its samples are not the model's).
+"""
+
+import json
+import math
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from tqdm import tqdm
+
+import idlm_jax
+from idlm_jax.decoding.generate import Completion
+from idlm_jax.decoding.method import ISD
+from train.data import heldout_prompts
+
+RESULTS = Path("benchmarks/results/branches")
+RESAMPLES = 2000
+
+
+def rules(stride: int) -> dict[str, ISD]:
+    """What is compared at one stride, by name; the first is what the others are measured against."""
+    some = sorted({2, math.ceil(stride / 2)} - {stride})
+    placed = {f"{count} branches, placed": ISD(stride, branches=count) for count in some if count > 1}
+    return {
+        "official": ISD(stride, proposals="argmax", rule="official"),
+        "one group": ISD(stride),
+        **placed,
+        f"full ({stride} branches)": ISD(stride, branches=stride),
+    }
+
+
+def summary(completions: list[Completion], method: ISD, baseline: list[Completion], seed: int) -> dict[str, Any]:
+    """Means over all tokens, with 95 % intervals from resampled prompts; ratios resample the same prompts of both."""
+    tokens, forwards = (
+        np.array([len(each.token_ids) for each in completions]),
+        np.array([each.num_forwards for each in completions]),
+    )
+    other = np.array([each.num_forwards / len(each.token_ids) for each in baseline]) * tokens
+    picked = np.random.default_rng(seed).integers(0, len(tokens), (RESAMPLES, len(tokens)))
+    tpf = tokens[picked].sum(1) / forwards[picked].sum(1)
+    ratio = other[picked].sum(1) / forwards[picked].sum(1)
+    verified, accepted = (
+        np.array([getattr(each, name) for each in completions]).sum(0)
+        for name in ("verified_by_depth", "accepted_by_depth")
+    )
+    decodes = forwards.sum() - len(completions)
+    return {
+        "tokens_per_forward": tokens.sum() / forwards.sum(),
+        "tokens_per_forward_interval": np.percentile(tpf, [2.5, 97.5]).tolist(),
+        "over_official": other.sum() / forwards.sum(),
+        "over_official_interval": np.percentile(ratio, [2.5, 97.5]).tolist(),
+        "rows_per_token": decodes * method.window_len / tokens.sum(),
+        "cold_share": sum(each.num_cold_starts for each in completions) / decodes,
+        "accepted_by_depth": (accepted / np.maximum(verified, 1)).tolist(),
+    }
+
+
+def measure(
+    model: Annotated[str, typer.Option(help="Hugging Face folder.")] = "assets/tiny-qwen3-py",
+    adapter: Annotated[Path, typer.Option(help="Gated adapter.")] = Path("assets/tiny-qwen3-py-isd"),
+    dataset: Annotated[Path, typer.Option(help="With held-out prompts.")] = Path("runs/data/stdlib_256_lora"),
+    strides: Annotated[str, typer.Option(help="Comma-separated.")] = "2,3,4,6,8",
+    num_prompts: Annotated[int, typer.Option()] = 128,
+    max_tokens: Annotated[int, typer.Option()] = 64,
+    name: Annotated[str, typer.Option(help="Of the result files.")] = "tiny-cpu",
+) -> None:
+    """Measures every rule at every stride, greedily and at temperature 1, and writes the table."""
+    lm = idlm_jax.load(model, adapter=adapter, dtype="float32")
+    prompts = heldout_prompts(dataset, num_prompts, 48)
+    rows = []
+    plan = [
+        (temperature, int(stride), rule, method)
+        for temperature in (0.0, 1.0)
+        for stride in strides.split(",")
+        for rule, method in rules(int(stride)).items()
+    ]
+    baseline: list[Completion] = []
+    for temperature, stride, rule, method in tqdm(plan, unit="rule"):
+        params = [
+            idlm_jax.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
+            for seed in range(len(prompts))
+        ]
+        completions = idlm_jax.generate(lm, prompts, method, params, batch_size=32)
+        baseline = completions if rule == "official" else baseline
+        found = summary(completions, method, baseline, seed=stride)
+        rows.append({"temperature": temperature, "stride": stride, "rule": rule, "rows": method.window_len, **found})
+    record = {
+        "command": f"python -m benchmarks.branches --strides {strides} --num-prompts {len(prompts)}",
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "model": model,
+        "adapter": str(adapter),
+        "max_tokens": max_tokens,
+        "rows": rows,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(markdown(record))
+    print(markdown(record))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table."""
+    lines = [
+        f"# Drafting rules: {record['model']}",
+        "",
+        f"{record['date']}, {record['device']}, float32, Python {record['versions']['python']}, jax "
+        f"{record['versions']['jax']}: `{record['command']}`. {record['max_tokens']} tokens per prompt; TPF counts the "
+        "prefill; rows are query rows of decode forwards; intervals are 95 %, over prompts.",
+        "",
+        "| T | N | rule | TPF | over official | rows a token | cold starts | accepted by depth |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        low, high = row["tokens_per_forward_interval"]
+        below, above = row["over_official_interval"]
+        depths = " ".join(f"{each:.2f}" for each in row["accepted_by_depth"])
+        ratio = "" if row["rule"] == "official" else f"{row['over_official']:.3f} ({below:.3f}-{above:.3f})"
+        lines.append(
+            f"| {row['temperature']:g} | {row['stride']} | {row['rule']} | {row['tokens_per_forward']:.3f} "
+            f"({low:.3f}-{high:.3f}) | {ratio} | {row['rows_per_token']:.2f} | {row['cold_share']:.1%} | {depths} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(measure)
