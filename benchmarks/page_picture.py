@@ -24,7 +24,7 @@ def take_picture(
     chromium: Annotated[str, typer.Option(envvar="CHROMIUM")] = "/usr/bin/chromium",
 ) -> None:
     """Lets the model continue a piece of code, some times, and saves what the page shows then."""
-    from playwright.sync_api import sync_playwright  # an extra: see the pin
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]  (an extra)
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
