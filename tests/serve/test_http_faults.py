@@ -173,6 +173,7 @@ def test_a_client_who_begins_and_goes_away_leaves_nothing(server):
     assert read(server, 0) == (ask(server, 0), "length")
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_one_who_does_not_read_his_stream_keeps_neither_pages_nor_anybody_else(server):
     expected = ask(server, 1)
@@ -245,6 +246,7 @@ def test_health_is_503_while_the_device_hangs_and_200_when_it_is_back(server, mo
 # ---- too few pages, and the end
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_who_is_preempted_for_lack_of_pages_gets_the_tokens_he_gets_alone(server):
     how = [{}, {"temperature": 1, "seed": 7}, {"temperature": 0.7, "top_p": 0.9, "seed": 8}, {}]
@@ -295,5 +297,5 @@ def test_a_stream_that_outlasts_the_shutdown_is_cut_and_the_server_ends_even_if_
             assert 0.5 < time.monotonic() - started < 10
             assert poll(lambda: "the device did not come back within 0.5 s" in caplog.text)
             moody.may_go.set()
-            assert server.engine.close(timeout_s=20)
+            assert server.engine.close(timeout_s=20.0)
     assert server.engine.failure == "the engine is closed"

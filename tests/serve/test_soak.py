@@ -23,6 +23,7 @@ SECONDS = 20.0
 LIMITS = Limits(max_len=64, max_queued=2, max_running=2, max_body_bytes=1000)
 
 
+@pytest.mark.proof
 @pytest.mark.slow  # most of it compiles the server's programs, as users do
 def test_after_random_traffic_everything_is_given_back(tmp_path):
     with started(SERVER, tmp_path / "log") as server:

@@ -156,6 +156,7 @@ def test_samples_are_drawn_at_each_evaluation_and_kept(dataset, tmp_path, mesh):
     assert sum(line.startswith("sample · ") for line in lines) == 4
 
 
+@pytest.mark.proof
 def test_the_profiler_records_its_window_and_nothing_when_the_run_ends_before(dataset, tmp_path):
     config = tiny_run(dataset, tmp_path / "a", steps=4, eval_batches=0, profile_start=2, profile_steps=2)
     run_training(config, echo=quietly)
@@ -182,6 +183,7 @@ def test_mfu_is_flop_per_second_of_a_device_over_its_peak(dataset, tmp_path, mon
     assert any("TFLOP/s/device · MFU" in line for line in lines)
 
 
+@pytest.mark.proof
 def test_moments_on_the_host_change_no_loss(dataset, tmp_path):
     runs = [
         tiny_run(dataset, tmp_path / str(offload), offload_optimizer=offload, eval_batches=0, mesh=mesh)
