@@ -34,8 +34,9 @@ test: lint  ## lint and all tests but the longest (proofs) and those that need a
 test-fast: .venv/.dev  ## tests that take seconds
 	.venv/bin/pytest $(parallel) -m "not slow and not compile and not proof and not browser"
 
-# What neither the newer Python nor the newer jax is likely to break, or another file of the same folder would show.
-not_next := parity cli benchmarks weights train/test_watch.py train/test_resume.py $(addprefix serve/test_, \
+# What neither the newer Python nor the newer jax is likely to break, or other tests would show: kernel bodies are compiled
+# (tests/compile) and decode in their interpreters (tests/decoding/test_kernels.py) there too.
+not_next := parity cli benchmarks weights pallas_kernels train/test_watch.py train/test_resume.py $(addprefix serve/test_, \
     bench.py bench_runs.py deploy.py http.py http_faults.py http_messages.py scheduler.py shaped.py)
 
 test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: what they touch, without slow; compile for H200 and TPU
