@@ -15,7 +15,11 @@ PROMPTS = (
     "from collections import OrderedDict\n\n\nclass Cache:\n",
     "import re\n\n\ndef main(argv):\n    if len(argv) != 2:\n",
 )
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+# Nothing of Chromium's own may ask the network.
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
 
 
 def take_picture(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import idlm_jax
 from idlm_jax import cluster
+from idlm_jax.decoding.method import make_method
 from serve.config import EngineConfig
 from serve.device import Device
 from serve.engine import Engine
@@ -135,9 +136,7 @@ def serve(
     if None not in (stride, official_stride) and stride != official_stride:
         raise ValueError(f"--stride {stride} and the stride {official_stride} of {dllm_algorithm_config} differ")
     stride = stride or official_stride or DEFAULT_STRIDE
-    method = idlm_jax.ISD(stride=stride, proposals=proposals, branches=branches)
-    if stride == 1:
-        method = idlm_jax.AR()
+    method = make_method(stride, proposals, branches)
     cluster.join(coordinator, num_processes, process_id, is_detected=distributed)
     if cluster.is_first():
         # A port that is taken is said before minutes of loading and compiling; until then, clients are refused.

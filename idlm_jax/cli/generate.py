@@ -11,14 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import idlm_jax
-from idlm_jax.decoding.method import Method
-
-
-def make_method(stride: int, proposals: Literal["sampled", "argmax"], branches: int = 1) -> Method:
-    """AR for stride 1, else ISD."""
-    if stride == 1 and branches == 1:
-        return idlm_jax.AR()
-    return idlm_jax.ISD(stride=stride, proposals=proposals, branches=branches)
+from idlm_jax.decoding.method import make_method
 
 
 def generate(

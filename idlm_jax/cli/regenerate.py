@@ -11,7 +11,7 @@ from rich.console import Console
 
 import idlm_jax
 from idlm_jax.cli.checkout import import_from_checkout
-from idlm_jax.cli.generate import make_method
+from idlm_jax.decoding.method import make_method
 
 
 def regenerate(

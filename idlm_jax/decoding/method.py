@@ -70,10 +70,26 @@ class ISD:
     @property
     def window_len(self) -> int:
         """Query rows of a decode forward: the pending token, M drafts, and M MASKs per branch."""
-        return self.stride + self.branches * self.num_masks
+        return window_len(self.stride, self.branches)
 
 
 Method = AR | ISD
+
+
+def make_method(stride: int, proposals: Literal["sampled", "argmax"], branches: int = 1) -> Method:
+    """AR for stride 1, else ISD.
+
+    Raises:
+        ValueError: as `ISD`.
+    """
+    if stride == 1 and branches == 1:
+        return AR()
+    return ISD(stride=stride, proposals=proposals, branches=branches)
+
+
+def window_len(stride: int, branches: int) -> int:
+    """Query rows of a decode forward, W: the pending token, its drafts, and as many MASKs per branch."""
+    return stride + branches * (stride - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +121,7 @@ class StepPlan:
     @property
     def window_len(self) -> int:
         """Query rows of a decode forward, W."""
-        return 1 + (1 + self.branches) * self.num_masks
+        return window_len(self.num_masks + 1, self.branches)
 
     @property
     def places_branches(self) -> bool:

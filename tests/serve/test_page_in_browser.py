@@ -11,15 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.page_picture import FLAGS
 from tests.serve.page_server import INJECTED, KEY, PageServer, serving_page
 
 pytestmark = pytest.mark.browser
 
-# Nothing of Chromium's own may ask the network.
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 DESK, PHONE = {"width": 1200, "height": 760}, {"width": 360, "height": 700}
 
 
