@@ -36,6 +36,8 @@ def rules(stride: int) -> dict[str, ISD]:
         "one group": ISD(stride),
         **placed,
         f"full ({stride} branches)": ISD(stride, branches=stride),
+        "one group, coupled": ISD(stride, rule="coupled"),
+        f"full ({stride} branches), coupled": ISD(stride, branches=stride, rule="coupled"),
     }
 
 

@@ -82,7 +82,7 @@ class StandIn:
         self._first: float | None = None
         self._busy_until = self._idle = 0.0
 
-    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> Later:
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> Later:
         """Commits 1 to stride tokens in each slot."""
         stride = self._layout.num_masks + 1
         return self._commit(words[:, 0], self._rng.integers(1, stride + 1, len(words)), stride)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import idlm_jax
 from idlm_jax import cluster
-from idlm_jax.decoding.method import make_method
+from idlm_jax.decoding.method import make_method, read_choice
 from serve.config import EngineConfig
 from serve.device import Device
 from serve.engine import Engine
@@ -40,14 +40,20 @@ def serve(
         list[str] | None, typer.Option(envvar="IDLM_API_KEY", help="Required of clients; may be given several times.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Most tokens per forward, 1..16, default 4; 1 is plain AR.")
+        str | None,
+        typer.Option(help="Most tokens per forward, 1..16, default 4; 1 is plain AR; auto: chosen for each step."),
     ] = None,
+    max_stride: Annotated[int, typer.Option(help="The largest that --stride auto may choose, 2..16.")] = 4,
     proposals: Annotated[
         Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
     ] = "sampled",
     branches: Annotated[
-        int, typer.Option(help="Groups of MASKs per forward, 1..stride: more rows, fewer forwards.")
-    ] = 1,
+        str, typer.Option(help="Groups of MASKs per forward, 1..stride or auto: more rows, fewer forwards.")
+    ] = "1",
+    rule: Annotated[
+        Literal["exact", "coupled"],
+        typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted; always so where auto."),
+    ] = "exact",
     dllm_algorithm: Annotated[
         str | None, typer.Option(help=f"The reference server's flag; {ALGORITHM} is the one algorithm here.")
     ] = None,
@@ -133,10 +139,10 @@ def serve(
     official_stride, defaults = None, Defaults()
     if dllm_algorithm_config is not None:
         official_stride, defaults = read_official(dllm_algorithm_config)
-    if None not in (stride, official_stride) and stride != official_stride:
+    if None not in (stride, official_stride) and stride != str(official_stride):
         raise ValueError(f"--stride {stride} and the stride {official_stride} of {dllm_algorithm_config} differ")
-    stride = stride or official_stride or DEFAULT_STRIDE
-    method = make_method(stride, proposals, branches)
+    chosen = read_choice("--stride", stride or str(official_stride or DEFAULT_STRIDE))
+    method = make_method(chosen, proposals, read_choice("--branches", branches), rule, max_stride)
     cluster.join(coordinator, num_processes, process_id, is_detected=distributed)
     if cluster.is_first():
         # A port that is taken is said before minutes of loading and compiling; until then, clients are refused.
@@ -167,7 +173,7 @@ def serve(
         follow(device, meet_leader(config))
         return
     followers = meet_followers(config) if jax.process_count() > 1 else []
-    engine = Engine(lm, config, device=Leader(device, followers) if followers else device)
+    engine = Engine(lm, config, device=Leader(device, followers) if followers else device, pacer=device.pacer)
     http = HttpConfig(
         model=served_model_name or model_path,
         model_path=model_path,

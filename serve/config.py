@@ -7,7 +7,7 @@ from idlm_jax.decoding.generate import bucket
 from idlm_jax.decoding.method import ISD, Method
 from idlm_jax.decoding.sampling import MAX_BIASES
 from idlm_jax.model.kv_cache import PAGE_SIZE
-from serve.requests import Limits
+from serve.requests import Limits, WindowSize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class EngineConfig:
     """What an engine is built for.
 
     Attributes:
-        method: `ISD(stride=N)` or `AR()`, for all requests.
+        method: `ISD(stride=N)` or `AR()`, for all requests; with something "auto", chosen for each step.
         max_running: requests that run at once; the rest waits.
         num_pages: pages of the KV pool.
         page_size: tokens per page. The kernels are tuned for the default.
@@ -96,8 +96,7 @@ class EngineConfig:
             num_slots=self.max_running,
             num_pages=self.num_pages,
             page_size=self.page_size,
-            stride=self.stride,
-            branches=self.method.branches,
+            windows=tuple(WindowSize(method.num_masks + 1, method.window_len) for method in self.method.menu),
             max_len=max_len,
             prefill_shapes=shapes,
             max_step_rows=self.max_step_rows or self.max_running * self.method.window_len + widest,

@@ -7,9 +7,10 @@ was not foreseen is an error. The length of a context is in no shape.
 import enum
 import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Int, UInt
 
-from idlm_jax.decoding.method import ISD, StepPlan
+from idlm_jax.decoding.method import Method, StepPlan, step_plan
+from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.shaping import Shaping, empty_shaping, read_prompt
 from idlm_jax.decoding.state import Counts, DecodeState, Finish, initial_state
@@ -37,10 +39,14 @@ from serve.packing import (
     decode_words,
     layout_of,
     pack_outcome,
+    pack_windows,
     prefill_words,
     unpack_chunks,
     unpack_windows,
 )
+
+Kind = Literal["decode", "prefill"]
+TIMED_STEPS = 5  # of each decode program, if there is a choice
 
 Progress = Callable[[int, int, str], None]  # programs compiled, all programs, what was compiled
 
@@ -64,7 +70,10 @@ def draws_of(params: SamplingParams, *, has_grammar: bool = False) -> Draws:
 
 
 class Device:
-    """Runs decode batches and prefill batches on slots; calls return at once, results are read when wanted."""
+    """Runs decode batches and prefill batches on slots; calls return at once, results are read when wanted.
+
+    `pacer` knows how long the methods of a menu take at each batch size; None if there is but one.
+    """
 
     def __init__(self, lm: LanguageModel, config: EngineConfig, progress: Progress | None = None):
         """Compiles every program, on all cores, and lays out an idle state.
@@ -81,18 +90,22 @@ class Device:
             raise ValueError(f"{config.method} needs a MASK id and this model has none: load it with one, or use AR()")
         mesh = mesh_of(lm)
         limits = config.limits(lm.config)
+        menu = config.method.menu
         self.layout = layout_of(limits, config.max_stop_ids, config.num_biases)
         self._leaves, tree = jax.tree.flatten(lm.params)
         self._shapes, self._num_mask_words = config.shapes, mask_words(lm.config.vocab_size)
-        levels = [Draws.GREEDY, Draws.PLAIN, Draws.FILTERED] if config.specialised else []
-        if config.max_logprobs is not None or config.shapes:
-            levels.append(Draws.FULL)
-        elif not config.specialised:
-            levels.append(Draws.FILTERED)
-        plans = {level: _plan(lm, config, level, mesh) for level in levels}
+        self._num_anchors = [method.num_masks + 1 for method in menu]
+        levels = _levels(config)
+        plans = {
+            (level, choice): _plan(lm, config, method, level, mesh)
+            for level in levels
+            for choice, method in enumerate(menu)
+        }
+        # The most drafts; a prefill has one group of MASKs whatever the branches.
+        widest = max(range(len(menu)), key=lambda choice: menu[choice].num_masks)
 
         def make_state() -> DecodeState:
-            return _idle_state(lm, config, plans[levels[-1]], self.layout)
+            return _idle_state(lm, config, plans[levels[-1], widest], self.layout)
 
         state = jax.eval_shape(make_state)
         everywhere = state_where = step_where = None  # on the default device
@@ -102,69 +115,95 @@ class Device:
             state, step_where = placed(state, state_where), (state_where, everywhere)
         lowered: dict[Any, Lowered] = {"idle state": jax.jit(make_state, out_shardings=state_where).lower()}
 
-        def lower(kind: str, shape: tuple[int, int], level: Draws) -> Lowered:
+        def lower(kind: Kind, shape: tuple[int, int], level: Draws, choice: int) -> Lowered:
             body = _run_windows if kind == "decode" else _run_chunks
-            program = functools.partial(body, lm.graph, tree, plans[level], self.layout)
+            program = functools.partial(body, lm.graph, tree, plans[level, choice], self.layout)
             words = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
-            masks = jax.ShapeDtypeStruct(self._mask_shape(kind, shape[0]), jnp.uint32, sharding=everywhere)
+            masks = jax.ShapeDtypeStruct(self._mask_shape(kind, shape[0], choice), jnp.uint32, sharding=everywhere)
             shaped = (masks,) if self._takes_masks(level) else ()
             step = jax.jit(program, donate_argnums=1, out_shardings=step_where)
             return step.lower(self._leaves, state, words, *shaped)
 
-        for level in levels:
-            for batch in config.decode_buckets:
-                shape = batch, decode_words(self.layout)
-                lowered["decode", shape, level] = lower("decode", shape, level)
+        windows: list[tuple[Kind, tuple[int, int], Draws, int]] = [
+            ("decode", (batch, decode_words(self.layout)), level, choice)
+            for batch in config.decode_buckets
+            for level in levels
+            for choice in range(len(menu))
+        ]
         # A prefill gives a slot to its request with all that it may want, and few of its rows end in logits: one
         # program for whatever is drawn.
-        for requests, rows in limits.prefill_shapes:
-            shape = requests, prefill_words(self.layout, rows)
-            lowered["prefill", shape, levels[-1]] = lower("prefill", shape, levels[-1])
+        chunks: list[tuple[Kind, tuple[int, int], Draws, int]] = [
+            ("prefill", (requests, prefill_words(self.layout, rows)), levels[-1], widest)
+            for requests, rows in limits.prefill_shapes
+        ]
+        lowered |= {name: lower(*name) for name in windows + chunks}
         programs = _compile(lowered, progress)
         self._make_state = programs.pop("idle state")
         self._programs = programs
-        self._levels = levels
+        self._levels, self._widest = levels, widest
         self._no_masks = {
             shape: jnp.full(shape, 0xFFFFFFFF, jnp.uint32, device=everywhere)
             for shape in {
-                self._mask_shape(kind, shape[0]) for kind, shape, level in programs if self._takes_masks(level)
+                self._mask_shape(kind, shape[0], choice)
+                for kind, shape, level, choice in programs
+                if self._takes_masks(level)
             }
         }
         self._state: DecodeState = self._make_state()
+        self.pacer = Pacer(menu) if len(menu) > 1 else None
+        if self.pacer is not None:
+            for batch in config.decode_buckets:
+                for choice in range(len(menu)):
+                    self.pacer.set_seconds(batch, choice, self._time(batch, choice))
 
-    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> jax.Array:
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> jax.Array:
         """One window for each packed slot; int32 [batch, words] to read later.
 
-        `masks` is uint32 [batch, M + 1, W], the ids that each anchor permits, for FULL draws; None permits all.
+        Args:
+            words: from `pack_windows`.
+            draws: the most that any of them wants.
+            masks: uint32 [batch, M + 1, W], the ids that each anchor permits, for FULL draws; None permits all.
+            choice: which method of the menu.
         """
-        return self._run("decode", words, draws, masks)
+        return self._run("decode", words, draws, masks, choice)
 
     def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> jax.Array:
         """One stretch of a prompt for each packed slot; int32 [requests, words] to read later.
 
         `masks` is uint32 [requests, 1, W], for the first token of each completion.
         """
-        return self._run("prefill", words, self._levels[-1], masks)
+        return self._run("prefill", words, self._levels[-1], masks, self._widest)
 
     def reset(self) -> None:
         """An idle state in place of one that a failed step has consumed."""
         self._state = self._make_state()
 
-    def _run(self, kind: str, words: np.ndarray, draws: Draws, masks: np.ndarray | None) -> jax.Array:
+    def _run(self, kind: Kind, words: np.ndarray, draws: Draws, masks: np.ndarray | None, choice: int) -> jax.Array:
         level = next(level for level in self._levels if level >= draws)
         shaped = ()
         if self._takes_masks(level):
             # A step without grammars uploads nothing.
-            shaped = (self._no_masks[self._mask_shape(kind, len(words))] if masks is None else masks,)
-        self._state, outcome = self._programs[kind, words.shape, level](self._leaves, self._state, words, *shaped)
+            shaped = (self._no_masks[self._mask_shape(kind, len(words), choice)] if masks is None else masks,)
+        program = self._programs[kind, words.shape, level, choice]
+        self._state, outcome = program(self._leaves, self._state, words, *shaped)
         outcome.copy_to_host_async()
         return outcome
+
+    def _time(self, batch: int, choice: int) -> float:
+        """Seconds of a decode step over idle slots: the least of a few, after one to warm up."""
+        words = pack_windows(self.layout, [], [], batch)
+        taken = []
+        for _ in range(1 + TIMED_STEPS):
+            start = time.perf_counter()
+            np.asarray(self.decode(words, self._levels[0], choice=choice))
+            taken.append(time.perf_counter() - start)
+        return min(taken[1:])
 
     def _takes_masks(self, level: Draws) -> bool:
         return self._shapes and level is Draws.FULL
 
-    def _mask_shape(self, kind: str, batch: int) -> tuple[int, int, int]:
-        return batch, self.layout.num_masks + 1 if kind == "decode" else 1, self._num_mask_words
+    def _mask_shape(self, kind: Kind, batch: int, choice: int) -> tuple[int, int, int]:
+        return batch, self._num_anchors[choice] if kind == "decode" else 1, self._num_mask_words
 
 
 def _compile(lowered: dict[Any, Lowered], progress: Progress | None) -> dict[Any, Compiled]:
@@ -179,17 +218,24 @@ def _compile(lowered: dict[Any, Lowered], progress: Progress | None) -> dict[Any
     return compiled
 
 
-def _plan(lm: LanguageModel, config: EngineConfig, level: Draws, mesh: Mesh | None = None) -> StepPlan:
-    method, mask_id = config.method, lm.config.mask_token_id
-    return StepPlan(
-        num_masks=method.num_masks,
-        branches=method.branches,
-        argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
-        soft_proposals=isinstance(method, ISD) and method.rule == "official",
+def _levels(config: EngineConfig) -> list[Draws]:
+    """What decode programs are compiled for, ascending."""
+    levels = [Draws.GREEDY, Draws.PLAIN, Draws.FILTERED] if config.specialised else []
+    if config.max_logprobs is not None or config.shapes:
+        levels.append(Draws.FULL)
+    elif not config.specialised:
+        levels.append(Draws.FILTERED)
+    # With a menu there are as many programs a level as methods: the simplest, and one that does everything.
+    return [levels[0], levels[-1]] if len(config.method.menu) > 1 and len(levels) > 2 else levels
+
+
+def _plan(lm: LanguageModel, config: EngineConfig, method: Method, level: Draws, mesh: Mesh | None = None) -> StepPlan:
+    return step_plan(
+        method,
+        lm.config.mask_token_id,
         filtered=level >= Draws.FILTERED,
         all_greedy=level is Draws.GREEDY,
         num_top_logprobs=config.max_logprobs if level is Draws.FULL else None,
-        mask_token_id=-1 if mask_id is None else mask_id,
         mesh=mesh,
     )
 
@@ -215,6 +261,7 @@ def _idle_state(lm: LanguageModel, config: EngineConfig, plan: StepPlan, layout:
             empty_cache(lm.config, config.num_pages, config.page_size),
         ),
         shaping=empty_shaping(slots, lm.config.vocab_size) if config.shapes else None,
+        keeps_confidence=any(1 < int(method.branches) <= method.num_masks for method in config.method.menu),
     )
 
 

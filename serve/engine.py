@@ -9,17 +9,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
+from idlm_jax.decoding.method import method_name
+from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.prompts import Prompt
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.state import Finish
 from idlm_jax.model.language_model import LanguageModel
 from serve.admission import admit
+from serve.choosing import Choosing
 from serve.config import EngineConfig
-from serve.device import Device, Draws, Progress
+from serve.device import Device, Progress
 from serve.grammar import Matcher, mask_words
 from serve.handle import EngineError, FinishReason, Piece, RequestHandle
 from serve.packing import (
@@ -31,37 +34,14 @@ from serve.packing import (
     unpack_logprobs,
     unpack_outcome,
 )
-from serve.requests import Chunk, Phase, QueueFull, Request, Step, Window
+from serve.requests import Chunk, Phase, QueueFull, Request, Window
+from serve.runs import Launched, Runs
 from serve.scheduler import Scheduler
 from serve.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
 REASONS: dict[int, FinishReason | None] = {Finish.RUNNING: None, Finish.STOP: "stop", Finish.LENGTH: "length"}
-
-
-@runtime_checkable  # beartype checks every hint when the tests run
-class ReadLater(Protocol):
-    """An array that may still be computed; numpy waits for it."""
-
-    def __array__(self) -> np.ndarray: ...
-
-
-@runtime_checkable
-class Runs(Protocol):
-    """What the engine asks of a device; `Device` is the real one."""
-
-    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater: ...
-    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater: ...
-    def reset(self) -> None: ...
-
-
-class Launched(NamedTuple):
-    """A step on the device."""
-
-    step: Step
-    windows: ReadLater | None
-    chunks: ReadLater | None
 
 
 class Engine:
@@ -74,6 +54,7 @@ class Engine:
         *,
         progress: Progress | None = None,
         device: Runs | None = None,
+        pacer: Pacer | None = None,
         after_step: Callable[[Scheduler], None] | None = None,
     ):
         """Compiles everything and starts the thread.
@@ -82,7 +63,9 @@ class Engine:
             lm: the model.
             config: sizes and choices.
             progress: called after each compiled program.
-            device: what runs the steps; compiled for `lm` if None. For tests and measurements.
+            device: what runs the steps; compiled for `lm` if None.
+            pacer: what chooses the method of each step where the config's leaves a choice: that of `Device`, which has
+                timed them. Without one it is always the first of the menu.
             after_step: called in the engine's thread after each step; an exception counts as one of the step.
 
         Raises:
@@ -91,14 +74,19 @@ class Engine:
         limits = config.limits(lm.config)
         self._lm, self._config = lm, config
         self._layout = layout_of(limits, config.max_stop_ids, config.num_biases)
-        self._scheduler = Scheduler(limits)
-        self._device: Runs = Device(lm, config, progress) if device is None else device
+        if device is None:
+            device = compiled = Device(lm, config, progress)
+            pacer = compiled.pacer
+        self._device = device
+        self._choosing = Choosing(limits, config.decode_buckets, pacer)
+        self._scheduler = Scheduler(limits, self._choosing.choose)
         self._after_step = after_step
         self._handles: dict[int, RequestHandle] = {}
         self._no_tally = no_tally(self._layout.num_masks)
         self._ended = self._no_tally
         self._finished: Counter[FinishReason] = Counter()
-        self._num_steps = self._num_decodes = self._num_prefills = self._num_committed = 0
+        self._num_steps = self._num_prefills = self._num_committed = 0
+        self._num_decodes = [0] * len(limits.windows)
         # Between callers and the engine's thread, under `_wake`: requests to add or, with False, to abort.
         self._wake = threading.Condition()
         self._inbox: list[tuple[RequestHandle, bool]] = []
@@ -159,7 +147,11 @@ class Engine:
             num_free_pages=scheduler.pool.num_available,
             num_cached_pages=scheduler.pool.num_cached,
             num_steps=self._num_steps,
-            num_decode_forwards=self._num_decodes,
+            num_decode_forwards=sum(self._num_decodes),
+            num_decode_forwards_by_method={
+                method_name(method): count
+                for method, count in zip(self._config.method.menu, self._num_decodes, strict=True)
+            },
             num_prefill_forwards=self._num_prefills,
             num_committed=self._num_committed,
             finished=dict(self._finished),
@@ -229,6 +221,7 @@ class Engine:
                     if self._inbox or self._flushes or self._closing:
                         break
                     self._came_round = None
+                    self._choosing.pause()
                     self._wake.wait()
                 self._came_round = time.monotonic()
                 inbox, self._inbox, self._num_arriving = self._inbox, [], 0
@@ -285,7 +278,7 @@ class Engine:
             self._broken = message
             self._handles |= {handle.request.number: handle for handle, is_new in self._inbox if is_new}
             self._inbox, self._num_arriving = [], 0
-        self._scheduler = Scheduler(self._scheduler.limits)
+        self._scheduler = Scheduler(self._scheduler.limits, self._choosing.choose)
         for handle in list(self._handles.values()):
             self._end(handle, Piece([], "error", message))
 
@@ -318,12 +311,13 @@ class Engine:
         self._num_steps += 1
         windows = chunks = None
         if step.windows:
-            self._num_decodes += 1
-            batch = next(size for size in self._config.decode_buckets if size >= len(step.windows))
-            masks, drafts = self._constraints(step.windows, (batch, self._layout.num_masks + 1))
+            self._num_decodes[step.choice] += 1
+            batch = self._choosing.bucket(len(step.windows))
+            stride = self._scheduler.limits.windows[step.choice].stride
+            masks, drafts = self._constraints(step.windows, (batch, stride))
             words = pack_windows(self._layout, step.windows, drafts, batch)
             draws = max(self._handles[window.request.number].draws for window in step.windows)
-            windows = self._device.decode(words, draws, masks)
+            windows = self._device.decode(words, draws, masks, step.choice)
         if step.chunks:
             self._num_prefills += 1
             fixed = [self._handles[chunk.request.number].fixed_words for chunk in step.chunks]
@@ -347,9 +341,13 @@ class Engine:
 
     def _read(self, launched: Launched) -> None:
         """Waits for a step and hands out what it committed; parts whose request has lost its slot are nobody's."""
+        step, outcomes = launched.step, None
         if launched.windows is not None:
-            outcomes = unpack_outcome(self._layout, np.asarray(launched.windows), self._config.stride)
-            for window, outcome in zip(launched.step.windows, outcomes, strict=False):
+            stride = self._scheduler.limits.windows[step.choice].stride
+            outcomes = unpack_outcome(self._layout, np.asarray(launched.windows), stride)
+        self._choosing.learn(step, outcomes)
+        if outcomes is not None:
+            for window, outcome in zip(step.windows, outcomes, strict=False):
                 if not window.is_void:
                     self._commit(window.request, outcome)
         if launched.chunks is not None:
@@ -361,6 +359,7 @@ class Engine:
                     if chunk.commits:
                         self._commit(chunk.request, outcome)
                     elif chunk.is_last:
+                        chunk.request.num_drafts = len(outcome.drafts)
                         self._follow(self._handles[chunk.request.number], [], outcome.drafts)
 
     def _commit(self, request: Request, outcome: Outcome) -> None:
@@ -371,7 +370,7 @@ class Engine:
         piece = Piece(outcome.tokens, reason, logprobs=None if num_top is None else unpack_logprobs(outcome, num_top))
         self._num_committed += len(outcome.tokens)
         self._scheduler.read_forward(
-            request, outcome.tokens, has_drafts=bool(outcome.drafts), is_finished=reason is not None
+            request, outcome.tokens, num_drafts=len(outcome.drafts), is_finished=reason is not None
         )
         if reason is None:
             self._deliver(handle, piece)

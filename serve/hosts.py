@@ -22,7 +22,7 @@ import numpy as np
 from idlm_jax import cluster
 from serve.config import EngineConfig
 from serve.device import Draws
-from serve.engine import ReadLater, Runs
+from serve.runs import ReadLater, Runs
 
 Call = Literal["decode", "prefill", "reset"]
 
@@ -34,14 +34,14 @@ class Leader:
         """Args: what runs the steps here, and the others (`meet_followers`)."""
         self._device, self._followers = device, followers
 
-    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater:
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> ReadLater:
         """As `Device.decode`.
 
         Raises:
             OSError: another process has ended.
         """
-        self._tell("decode", words, draws, masks)
-        return self._device.decode(words, draws, masks)
+        self._tell("decode", words, draws, masks, choice)
+        return self._device.decode(words, draws, masks, choice)
 
     def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater:
         """As `Device.prefill`; raises as `decode`."""

@@ -43,7 +43,8 @@ def layout_of(limits: Limits, num_stop_ids: int, num_biases: int) -> Layout:
         num_masks=num_masks,
         num_stop_ids=num_stop_ids,
         table_width=-(-last_slot // limits.page_size),
-        max_new_pages=-(-2 * limits.stride // limits.page_size) + 1,
+        # What two forwards may commit, and a long window behind a short one.
+        max_new_pages=-(-(2 * limits.stride + limits.window_len) // limits.page_size) + 1,
         idle_slot=limits.num_slots,
         num_biases=num_biases,
     )
@@ -134,7 +135,7 @@ def pack_chunks(
         request = chunk.request
         restored = -1 if chunk.restored is None else chunk.restored
         words[row, :_PLACE] = (
-            request.slot, chunk.start, chunk.num_tokens, chunk.is_last, restored, request.has_drafts,
+            request.slot, chunk.start, chunk.num_tokens, chunk.is_last, restored, request.num_drafts > 0,
         )  # fmt: skip
         words[row, _PLACE:at_table] = fixed
         words[row, at_table : at_table + len(request.pages)] = request.pages

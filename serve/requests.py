@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from serve.pages import ROOT, page_key
 
@@ -17,6 +18,18 @@ class Phase(enum.Enum):
     DONE = enum.auto()
 
 
+class WindowSize(NamedTuple):
+    """What a decode window of one method takes.
+
+    Attributes:
+        stride: most tokens that it commits.
+        rows: the pending token, drafts and MASKs.
+    """
+
+    stride: int
+    rows: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """Fixed sizes that the scheduler plans within.
@@ -25,8 +38,7 @@ class Limits:
         num_slots: most requests that run at once.
         num_pages: pages of the pool, the sink included.
         page_size: tokens per page.
-        stride: most tokens that a forward commits.
-        branches: groups of MASKs in a decode window.
+        windows: of the methods that steps choose from.
         max_len: longest request, prompt and completion.
         prefill_shapes: (requests, rows) of the prefill programs.
         max_step_rows: query rows that decode windows and prefill chunks may add up to. Prompts still advance by the
@@ -38,22 +50,22 @@ class Limits:
     num_slots: int
     num_pages: int
     page_size: int
-    stride: int
+    windows: tuple[WindowSize, ...]
     max_len: int
     prefill_shapes: tuple[tuple[int, int], ...]
     max_step_rows: int
     max_queued: int
     caches_prefixes: bool = True
-    branches: int = 1
+
+    @property
+    def stride(self) -> int:
+        """Most tokens that any forward commits."""
+        return max(window.stride for window in self.windows)
 
     @property
     def window_len(self) -> int:
-        """Rows of one decode window: the pending token, its drafts, and as many MASKs per branch."""
-        return self.rows(self.stride)
-
-    def rows(self, stride: int) -> int:
-        """Rows of a decode window of some stride."""
-        return stride + self.branches * (stride - 1)
+        """Rows of the longest decode window."""
+        return max(window.rows for window in self.windows)
 
     def span(self, end: int) -> int:
         """Slots in which a request that ends before position `end` may write anything that counts.
@@ -61,7 +73,7 @@ class Limits:
         Its last token is never written. But a MASK stands behind room for all drafts also where there are none, and
         behind other branches, so the one that drafts this token may be as many slots further on.
         """
-        return end - 1 + self.window_len - self.stride
+        return end - 1 + max(window.rows - window.stride for window in self.windows)
 
     def pages_for(self, request: "Request", num_slots: int) -> int:
         """Pages of a request that wants to write `num_slots` slots, of which those past its span count for nothing."""
@@ -98,7 +110,7 @@ class Request:
         self.has_unread_prefill = False  # the end of its prompt is planned, and not yet read
         # Counts the slots it has had: what was planned for an earlier one is void.
         self.epoch = 0
-        self.has_drafts = False  # whether the last forward read left drafts to verify
+        self.num_drafts = 0  # that the last forward read has left to verify
         self.num_cached_tokens = 0  # of its prompt, found in the prefix cache when it was last admitted
         self.num_preemptions = 0
         self._page_keys: list[bytes] = []
@@ -165,9 +177,16 @@ class Window(Planned):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step: a decode batch, then a prefill batch; either may be empty, not both."""
+    """One step: a decode batch, then a prefill batch; either may be empty, not both.
 
-    stride: int
+    Attributes:
+        choice: which of the `Limits.windows` the decode batch has.
+        windows: the decode batch.
+        prefill_shape: of the prefill batch.
+        chunks: the prefill batch.
+    """
+
+    choice: int
     windows: list[Window]
     prefill_shape: tuple[int, int]
     chunks: list[Chunk]

@@ -14,7 +14,7 @@ Steps run one ahead of what is known: while step t is planned, the outcome of st
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from serve.pages import PagePool
 from serve.requests import Chunk, Limits, Phase, QueueFull, Request, Step, Window
@@ -23,11 +23,20 @@ from serve.requests import Chunk, Limits, Phase, QueueFull, Request, Step, Windo
 class Scheduler:
     """Decides; whoever drives it calls `plan`, runs the step, and reports what came of every part that is not void."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Limits, choose: Callable[[int], int] = lambda num_decoding: 0):
+        """An empty schedule.
+
+        Args:
+            limits: sizes to plan within.
+            choose: which of the `limits.windows` the next step has, from how many requests decode.
+
+        Raises:
+            ValueError: no prefill shape is for one request.
+        """
         smallest = min(rows for _, rows in limits.prefill_shapes)
         if smallest < 1 or not any(requests == 1 for requests, _ in limits.prefill_shapes):
             raise ValueError(f"{limits.prefill_shapes=} must hold a shape for one request, and no empty rows")
-        self.limits = limits
+        self.limits, self._choose = limits, choose
         self.pool = PagePool(limits.num_pages, limits.page_size, caches_prefixes=limits.caches_prefixes)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival, the order in which pages are kept
@@ -70,10 +79,12 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """The next step, or None if there is nothing to compute before earlier steps are read."""
-        stride = self.stride_for(sum(request.phase is Phase.DECODE for request in self.running))
-        windows = self._plan_windows(stride)
+        num_decoding = sum(request.phase is Phase.DECODE for request in self.running)
+        choice = self._choose(num_decoding) if num_decoding else 0
+        rows = self.limits.windows[choice].rows
+        windows = self._plan_windows(rows)
         self._admit()
-        shape, chunks = self._plan_chunks(self.limits.max_step_rows - len(windows) * self.limits.rows(stride))
+        shape, chunks = self._plan_chunks(self.limits.max_step_rows - len(windows) * rows)
         if not windows and not chunks:
             return None
         for window in windows:
@@ -81,30 +92,25 @@ class Scheduler:
         for chunk in chunks:
             chunk.request.in_flight += chunk.commits
             chunk.request.has_unread_prefill = chunk.is_last
-        return Step(stride, windows, shape, chunks)
-
-    def stride_for(self, num_decoding: int) -> int:
-        """The stride of the next step. Where it could follow the load; fixed for now."""
-        del num_decoding
-        return self.limits.stride
+        return Step(choice, windows, shape, chunks)
 
     def read_chunk(self, chunk: Chunk) -> None:
         """The chunk is in its pages. If it commits, `read_forward` follows."""
         chunk.request.has_unread_prefill &= not chunk.is_last
         self._publish(chunk.request, chunk.start + chunk.num_tokens)
 
-    def read_forward(self, request: Request, tokens: Sequence[int], *, has_drafts: bool, is_finished: bool) -> None:
+    def read_forward(self, request: Request, tokens: Sequence[int], *, num_drafts: int, is_finished: bool) -> None:
         """A window, or the end of a prompt, has committed `tokens`.
 
         Args:
             request: it still holds the slot.
             tokens: at least one.
-            has_drafts: whether it left drafts for the next forward to verify.
+            num_drafts: that it left for the next forward to verify.
             is_finished: whether these are its last; its slot and its pages are free from now on.
         """
         request.in_flight -= 1
         request.tokens += tokens
-        request.has_drafts = has_drafts
+        request.num_drafts = num_drafts
         assert tokens and len(request.tokens) <= request.end
         self._publish(request, len(request.tokens) - 1)
         if is_finished:
@@ -123,7 +129,7 @@ class Scheduler:
         elif request.phase is not Phase.DONE:
             self._leave(request, Phase.DONE)
 
-    def _plan_windows(self, stride: int) -> list[Window]:
+    def _plan_windows(self, rows: int) -> list[Window]:
         windows = []
         # Oldest first; whoever needs a page takes it from the youngest.
         for request in list(self.running):
@@ -133,9 +139,10 @@ class Scheduler:
                 continue
             if request.is_stepwise and (request.in_flight or request.has_unread_prefill):
                 continue
-            context_len = len(request.tokens) - 1 + request.in_flight * stride  # at most
+            # At most: forwards in flight may have had another stride than this one.
+            context_len = len(request.tokens) - 1 + request.in_flight * self.limits.stride
             first = len(request.pages)
-            missing = self.limits.pages_for(request, context_len + self.limits.rows(stride)) - first
+            missing = self.limits.pages_for(request, context_len + rows) - first
             if missing > 0:
                 pages = self._take_pages(missing, request)
                 if pages is None:

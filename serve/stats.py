@@ -17,6 +17,7 @@ class EngineStats:
         num_cached_pages: pages that only the prefix cache holds.
         num_steps: steps launched.
         num_decode_forwards: decode programs run, one per step at most.
+        num_decode_forwards_by_method: the same by the name of the method that was chosen.
         num_prefill_forwards: prefill programs run.
         num_committed: tokens committed and delivered.
         finished: requests by reason.
@@ -32,6 +33,7 @@ class EngineStats:
     num_cached_pages: int
     num_steps: int
     num_decode_forwards: int
+    num_decode_forwards_by_method: dict[str, int]
     num_prefill_forwards: int
     num_committed: int
     finished: dict[FinishReason, int]

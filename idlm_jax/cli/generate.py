@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import idlm_jax
-from idlm_jax.decoding.method import make_method
+from idlm_jax.decoding.method import make_method, read_choice
 
 
 def generate(
@@ -20,13 +20,20 @@ def generate(
         list[str] | None, typer.Argument(help="Texts to complete; '-' or none reads standard input.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
-    stride: Annotated[int, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR.")] = 4,
+    stride: Annotated[
+        str, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR; auto: chosen while it runs.")
+    ] = "4",
+    max_stride: Annotated[int, typer.Option(help="The largest that --stride auto may choose, 2..16.")] = 4,
     proposals: Annotated[
         Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
     ] = "sampled",
     branches: Annotated[
-        int, typer.Option(help="Groups of MASKs per forward, 1..stride: more rows, fewer forwards.")
-    ] = 1,
+        str, typer.Option(help="Groups of MASKs per forward, 1..stride or auto: more rows, fewer forwards.")
+    ] = "1",
+    rule: Annotated[
+        Literal["exact", "coupled"],
+        typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted; always so where auto."),
+    ] = "exact",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -51,7 +58,9 @@ def generate(
         texts = [
             str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns
         ]
-    method = make_method(stride, proposals, branches)
+    method = make_method(
+        read_choice("--stride", stride), proposals, read_choice("--branches", branches), rule, max_stride
+    )
     params = [
         idlm_jax.SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed + index

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from idlm_jax.cli.tables import method_name
 from idlm_jax.decoding.compare import MethodReport
+from idlm_jax.decoding.method import method_name
 
 
 def plot_demo(

@@ -5,16 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from idlm_jax.decoding.compare import MethodReport
-from idlm_jax.decoding.method import ISD, Method
-
-
-def method_name(method: Method) -> str:
-    """Short name for tables and plots."""
-    if not isinstance(method, ISD):
-        return "AR"
-    kind = "" if (method.proposals, method.rule) == ("sampled", "exact") else f" {method.proposals}, {method.rule}"
-    branches = f" x{method.branches}" if method.branches > 1 else ""
-    return f"ISD N={method.stride}{branches}{kind}"
+from idlm_jax.decoding.method import method_name
 
 
 def method_table(title: str, reports: Sequence[MethodReport], *, is_greedy: bool) -> Table:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idlm_jax.decoding.auto import run_auto
 from idlm_jax.decoding.loop import run_loop, run_prefill
-from idlm_jax.decoding.method import ISD, Method, StepPlan
+from idlm_jax.decoding.method import ISD, Method, StepPlan, step_plan
+from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.shaping import shaping_of
@@ -63,9 +65,18 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedBatch:
-    """A batch on the device, ready for its prefill."""
+    """A batch on the device, ready for its prefill.
+
+    Attributes:
+        plan: of the prefill, and of the forwards behind it unless something is "auto".
+        plans: of the method's menu.
+        state: donated to the prefill.
+        prompt_lens: tokens of each prompt.
+        prefill_rows: padded length of the prompts.
+    """
 
     plan: StepPlan
+    plans: tuple[StepPlan, ...]
     state: DecodeState
     prompt_lens: list[int]
     prefill_rows: int
@@ -87,7 +98,8 @@ def generate(
     Args:
         lm: the model; its adapter, if any, acts on MASK rows only.
         prompts: texts or lists of token ids.
-        method: `AR()` or `ISD(stride=N)`; by default ISD with stride 4.
+        method: `AR()` or `ISD(stride=N)`; by default ISD with stride 4. With something "auto", the methods of its menu
+            are compiled and timed first, which pays for many prompts or long completions.
         sampling: one for all prompts, or one each. With one for all, equal prompts get equal completions.
         batch_size: most requests in one compiled loop.
 
@@ -104,11 +116,15 @@ def generate(
         raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
     encoded = [encode_prompt(lm, prompt, index) for index, prompt in enumerate(prompts)]
     completions = []
+    pacer = Pacer(method.menu)
     for first in range(0, len(encoded), batch_size):
         batch, wanted = encoded[first : first + batch_size], params[first : first + batch_size]
         prepared = prepare_batch(lm, batch, method, wanted)
         state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
-        state = run_loop(lm.graph, lm.params, prepared.plan, state, jnp.int32(NO_LIMIT))
+        if len(prepared.plans) > 1:
+            state = run_auto(lm, prepared.plans, pacer, state)
+        else:
+            state = run_loop(lm.graph, lm.params, prepared.plan, state, jnp.int32(NO_LIMIT))
         completions += read_completions(lm, state, prepared.prompt_lens, wanted)
     return completions
 
@@ -158,17 +174,19 @@ def prepare_batch(
         top_p=jnp.asarray(column([p.top_p for p in params], 1.0, np.float32)),
         seed=jnp.asarray(column([p.seed for p in params], 0, np.uint32)),
     )
-    plan = StepPlan(
-        num_masks=method.num_masks,
-        branches=method.branches,
-        argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
-        soft_proposals=isinstance(method, ISD) and method.rule == "official",
-        # A greedy request has nothing to filter.
-        filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0) for p in params),
-        all_greedy=all(p.temperature == 0 for p in params),
-        num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
-        mask_token_id=-1 if config.mask_token_id is None else config.mask_token_id,
+    plans = tuple(
+        step_plan(
+            each,
+            config.mask_token_id,
+            # A greedy request has nothing to filter.
+            filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0) for p in params),
+            all_greedy=all(p.temperature == 0 for p in params),
+            num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+        )
+        for each in method.menu
     )
+    # The most drafts; a prefill has one group of MASKs whatever the branches.
+    plan = max(plans, key=lambda each: each.num_masks)
     # Padding slots: one-token prompts with no budget, done before they start.
     state = initial_state(
         config,
@@ -179,8 +197,10 @@ def prepare_batch(
         stop_ids,
         sampling,
         shaping=shaping_of(params, prompts, slots, config.vocab_size),
+        window_len=method.window_len,
+        keeps_confidence=any(each.places_branches for each in plans),
     )
-    return PreparedBatch(plan, state, prompt_lens, prefill_rows)
+    return PreparedBatch(plan, plans, state, prompt_lens, prefill_rows)
 
 
 def bucket(size: int, *, smallest: int) -> int:

@@ -8,6 +8,9 @@ from jax.sharding import Mesh
 MAX_STRIDE = 16
 
 
+Choice = Literal["auto"]
+
+
 @dataclasses.dataclass(frozen=True)
 class AR:
     """One token per forward: the baseline, and the distribution that ISD must reproduce."""
@@ -25,58 +28,104 @@ class AR:
         """Query rows of a decode forward, W."""
         return 1
 
+    @property
+    def menu(self) -> tuple["AR"]:
+        """The methods that forwards are chosen from: itself."""
+        return (self,)
+
 
 @dataclasses.dataclass(frozen=True)
 class ISD:
     """Introspective strided decoding (arXiv 2604.11035): verify the last drafts and draft anew in one forward.
 
     Attributes:
-        stride: the most tokens one forward can commit, 1 to 16. A stride of 1 is AR.
+        stride: the most tokens one forward can commit, 1 to 16. A stride of 1 is AR. "auto" chooses for each forward
+            among AR and the powers of two up to `max_stride`, by what was accepted so far and how long a step takes.
         proposals: "sampled" draws each draft from the model's own distribution at its MASK; "argmax" takes the most
             likely token, whose distribution is then a point mass. Both are exact.
         branches: groups of MASKs per forward, 1 to `stride`. One stands behind the last draft, so a refused draft
             leaves nothing to verify next time (a cold start). With as many as `stride`, every prefix of the drafts has
             its own and no start is cold, at stride^2 rows. In between, they stand behind the prefixes at which
-            verification is most likely to end, by the drafts' own probabilities. All are exact. Source: differs, the
-            reference has one group.
-        rule: "exact", or "official": argmax proposals checked against the soft distribution they were not drawn from,
-            as the reference implementation does. Its samples are not distributed as AR's; kept for comparison.
+            verification is most likely to end, by the drafts' own probabilities. All are exact. "auto" chooses among
+            1, 2 and 4. Source: differs, the reference has one group.
+        rule: how drafts are verified.
+            "exact": accept with min(1, p/q), correct from the residual (Leviathan et al. 2023). Samples are distributed
+            as AR's.
+            "coupled": draft and verify with the noise that AR would draw the same place with, and accept a draft that
+            is AR's own token. Samples *are* AR's with the same seed, token for token, whatever the stride, the branches
+            and the load; a little less is accepted, at least (1 - TV) / (1 + TV) instead of 1 - TV (Daliri et al. 2024,
+            arXiv 2408.07978). Where something is "auto", this is the rule, or a seed would not reproduce its text.
+            "official": argmax proposals checked against the soft distribution they were not drawn from, as the
+            reference implementation does. Its samples are not distributed as AR's; kept for comparison.
+        max_stride: the largest stride that "auto" may choose: one more than the block length of training.
     """
 
-    stride: int = 4
+    stride: int | Choice = 4
     proposals: Literal["sampled", "argmax"] = "sampled"
-    branches: int = 1
-    rule: Literal["exact", "official"] = "exact"
+    branches: int | Choice = 1
+    rule: Literal["exact", "coupled", "official"] = "exact"
+    max_stride: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.stride <= MAX_STRIDE:
-            raise ValueError(f"stride={self.stride} must lie in 1..{MAX_STRIDE}")
+        if self.stride != "auto" and not (isinstance(self.stride, int) and 1 <= self.stride <= MAX_STRIDE):
+            raise ValueError(f"stride={self.stride!r} must lie in 1..{MAX_STRIDE}, or be 'auto'")
+        if not 2 <= self.max_stride <= MAX_STRIDE:
+            raise ValueError(f"max_stride={self.max_stride} must lie in 2..{MAX_STRIDE}")
         if self.proposals not in ("sampled", "argmax"):
             raise ValueError(f"proposals={self.proposals!r} must be 'sampled' or 'argmax'")
-        if not 1 <= self.branches <= self.stride:
-            raise ValueError(f"branches={self.branches} must lie in 1..{self.stride}, the stride")
-        if self.rule not in ("exact", "official"):
-            raise ValueError(f"rule={self.rule!r} must be 'exact' or 'official'")
+        largest = self.max_stride if self.stride == "auto" else self.stride
+        if self.branches != "auto" and not (isinstance(self.branches, int) and 1 <= self.branches <= largest):
+            raise ValueError(f"branches={self.branches!r} must lie in 1..{largest}, the stride, or be 'auto'")
+        if self.rule not in ("exact", "coupled", "official"):
+            raise ValueError(f"rule={self.rule!r} must be 'exact', 'coupled' or 'official'")
         if self.rule == "official" and self.proposals != "argmax":
             raise ValueError("rule='official' is defined for proposals='argmax' only")
-        if self.rule == "official" and self.branches > 1:
-            raise ValueError("rule='official' has one group of MASKs: branches must be 1")
+        if self.rule == "official" and (self.branches != 1 or self.stride == "auto"):
+            raise ValueError("rule='official' has one group of MASKs and one stride: nothing can be branched or 'auto'")
 
     @property
     def num_masks(self) -> int:
-        """MASK rows behind each verified prefix, M = stride - 1."""
-        return self.stride - 1
+        """MASK rows behind each verified prefix, M = stride - 1; the most that "auto" may choose."""
+        return (self.max_stride if self.stride == "auto" else self.stride) - 1
 
     @property
     def window_len(self) -> int:
-        """Query rows of a decode forward: the pending token, M drafts, and M MASKs per branch."""
-        return window_len(self.stride, self.branches)
+        """Query rows of a decode forward: the pending token, M drafts, and M MASKs per branch; the most of "auto"."""
+        if "auto" in (self.stride, self.branches):
+            return max(method.window_len for method in self.menu)
+        return window_len(self.num_masks + 1, int(self.branches))
+
+    @property
+    def menu(self) -> tuple["Method", ...]:
+        """The methods that forwards are chosen from: itself, unless something is "auto"."""
+        if "auto" not in (self.stride, self.branches):
+            return (self,)
+        most = self.num_masks + 1
+        strides = [stride for stride in (1, 2, 4, 8) if stride < most] if self.stride == "auto" else []
+        methods: list[Method] = []
+        for stride in (*strides, most):
+            if stride == 1:
+                methods.append(AR())
+                continue
+            groups = (1, 2, 4) if self.branches == "auto" else (min(self.branches, stride),)
+            methods += [
+                dataclasses.replace(self, stride=stride, branches=count, rule="coupled")
+                for count in groups
+                if count <= stride
+            ]
+        return tuple(methods)
 
 
 Method = AR | ISD
 
 
-def make_method(stride: int, proposals: Literal["sampled", "argmax"], branches: int = 1) -> Method:
+def make_method(
+    stride: int | Choice,
+    proposals: Literal["sampled", "argmax"],
+    branches: int | Choice = 1,
+    rule: Literal["exact", "coupled", "official"] = "exact",
+    max_stride: int = 4,
+) -> Method:
     """AR for stride 1, else ISD.
 
     Raises:
@@ -84,7 +133,30 @@ def make_method(stride: int, proposals: Literal["sampled", "argmax"], branches: 
     """
     if stride == 1 and branches == 1:
         return AR()
-    return ISD(stride=stride, proposals=proposals, branches=branches)
+    return ISD(stride=stride, proposals=proposals, branches=branches, rule=rule, max_stride=max_stride)
+
+
+def read_choice(name: str, text: str) -> int | Choice:
+    """A number or "auto", as a flag of that name was given.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} {text} is neither a number nor auto") from None
+
+
+def method_name(method: Method) -> str:
+    """Short name for tables and plots."""
+    if not isinstance(method, ISD):
+        return "AR"
+    kind = "" if (method.proposals, method.rule) == ("sampled", "exact") else f" {method.proposals}, {method.rule}"
+    branches = f" x{method.branches}" if method.branches != 1 else ""
+    return f"ISD N={method.stride}{branches}{kind}"
 
 
 def window_len(stride: int, branches: int) -> int:
@@ -101,6 +173,7 @@ class StepPlan:
         branches: groups of M MASKs per forward.
         argmax_proposals: draft the most likely token instead of a draw.
         soft_proposals: take an argmax draft for a draw from its MASK row's distribution (the official rule).
+        coupled: draft and verify with AR's own noise.
         filtered: at least one request uses top-k or top-p, so rows must be searched for thresholds.
         all_greedy: every request has temperature 0: no random bits, no residuals.
         num_top_logprobs: alternatives reported per token; None reports no log-probabilities at all.
@@ -116,6 +189,7 @@ class StepPlan:
     num_top_logprobs: int | None
     mask_token_id: int
     branches: int = 1
+    coupled: bool = False
     mesh: Mesh | None = None
 
     @property
@@ -132,4 +206,28 @@ class StepPlan:
     def keeps_proposal_logits(self) -> bool:
         """Whether verification needs the distributions that proposals were drawn from; else they are point masses."""
         is_drawn = not self.argmax_proposals or self.soft_proposals
-        return self.num_masks > 0 and is_drawn and not self.all_greedy
+        return self.num_masks > 0 and is_drawn and not self.all_greedy and not self.coupled
+
+
+def step_plan(
+    method: Method,
+    mask_token_id: int | None,
+    *,
+    filtered: bool,
+    all_greedy: bool,
+    num_top_logprobs: int | None,
+    mesh: Mesh | None = None,
+) -> StepPlan:
+    """The plan of a method's forwards, where nothing is "auto": take one of its `menu`; arguments as in `StepPlan`."""
+    return StepPlan(
+        num_masks=method.num_masks,
+        branches=int(method.branches),
+        argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
+        soft_proposals=isinstance(method, ISD) and method.rule == "official",
+        coupled=isinstance(method, ISD) and method.rule == "coupled",
+        filtered=filtered,
+        all_greedy=all_greedy,
+        num_top_logprobs=num_top_logprobs,
+        mask_token_id=-1 if mask_token_id is None else mask_token_id,
+        mesh=mesh,
+    )

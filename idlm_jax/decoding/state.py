@@ -3,6 +3,7 @@
 import enum
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -75,6 +76,34 @@ class DecodeState(NamedTuple):
     cache: KVCache
 
 
+def narrowed(state: DecodeState, num_masks: int) -> DecodeState:
+    """The state with room for the first `num_masks` drafts alone: what a plan of a smaller stride sees of it."""
+    if state.proposals.shape[1] == num_masks:
+        return state
+    first = jax.tree.map(lambda drafts: drafts[:, :num_masks], _drafts(state))
+    return _with_drafts(state, *first)._replace(num_proposals=jnp.minimum(state.num_proposals, num_masks))
+
+
+def widened(state: DecodeState, wide: DecodeState) -> DecodeState:
+    """The inverse of `narrowed`: drafts of `state` in the room of `wide`. What lies behind them is stale."""
+    num_masks = state.proposals.shape[1]
+    if wide.proposals.shape[1] == num_masks:
+        return state
+    drafts = jax.tree.map(lambda old, new: old.at[:, :num_masks].set(new), _drafts(wide), _drafts(state))
+    return _with_drafts(state, *drafts)
+
+
+def _drafts(state: DecodeState) -> tuple[Array, Array | None, RowStats | None, Array | None]:
+    """The fields with an axis of drafts."""
+    return state.proposals, state.proposal_logits, state.proposal_stats, state.confidence
+
+
+def _with_drafts(
+    state: DecodeState, proposals: Array, logits: Array | None, stats: RowStats | None, confidence: Array | None
+) -> DecodeState:
+    return state._replace(proposals=proposals, proposal_logits=logits, proposal_stats=stats, confidence=confidence)
+
+
 def initial_state(
     config: ModelConfig,
     plan: StepPlan,
@@ -85,12 +114,15 @@ def initial_state(
     sampling: Sampling,
     paging: tuple[Int[Array, "B pages"], KVCache] | None = None,
     shaping: Shaping | None = None,
+    *,
+    window_len: int | None = None,
+    keeps_confidence: bool = False,
 ) -> DecodeState:
     """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done.
 
     Args:
         config: of the model.
-        plan: of the forwards to come.
+        plan: of the forwards to come; of several, the one with the most drafts.
         tokens: the prompts, padded; none at all (S = 0) for an owner that feeds them chunk by chunk.
         prompt_len: tokens of each prompt.
         end: first position of each request that must stay empty.
@@ -98,12 +130,14 @@ def initial_state(
         sampling: of each request.
         paging: page table and pool; by default a pool cut into one equal stretch per request.
         shaping: of each request, if any wants it.
+        window_len: of the longest window to come; that of `plan` by default.
+        keeps_confidence: whether other plans than `plan` place branches.
     """
     batch, capacity = tokens.shape
     num_masks = plan.num_masks
     if paging is None:
         pages_per_request = -(
-            -(capacity + plan.window_len - 1) // PAGE_SIZE
+            -(capacity + (window_len or plan.window_len) - 1) // PAGE_SIZE
         )  # the last window starts inside the capacity
         paging = contiguous_pages(batch, pages_per_request), empty_cache(config, batch * pages_per_request)
     is_idle = jnp.asarray(end) <= jnp.asarray(prompt_len)
@@ -133,7 +167,7 @@ def initial_state(
         proposals=zeros(num_masks),
         proposal_logits=proposal_logits,
         proposal_stats=proposal_stats,
-        confidence=zeros(num_masks, dtype=jnp.float32) if plan.places_branches else None,
+        confidence=zeros(num_masks, dtype=jnp.float32) if plan.places_branches or keeps_confidence else None,
         num_proposals=zeros(),
         sampling=sampling,
         shaping=shaping,

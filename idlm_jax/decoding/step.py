@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int, UInt
 
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.shaping import count, shape
-from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, Logprobs
+from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, Logprobs, narrowed, widened
 from idlm_jax.decoding.window import build_window
 from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.transformer import Qwen3
 from idlm_jax.sharding import param_spec
-from pallas_kernels.verify import Verdict, draft, verify
+from pallas_kernels.verify import Purpose, Verdict, draft, verify, verify_coupled
 
 
 def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) -> DecodeState:
@@ -94,7 +94,18 @@ def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeStat
 def decode_window(
     module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None = None
 ) -> tuple[DecodeState, Committed]:
-    """`decode_step` for an owner that keeps the committed tokens itself; `allowed` as in `shape`, for the anchors."""
+    """`decode_step` for an owner that keeps the committed tokens itself; `allowed` as in `shape`, for the anchors.
+
+    The state may have room for more drafts than the plan verifies and makes: the rest is ignored.
+    """
+    after, committed = _decode(module, plan, narrowed(state, plan.num_masks), allowed)
+    return widened(after, state), committed
+
+
+def _decode(
+    module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None
+) -> tuple[DecodeState, Committed]:
+    """`decode_window` for a state with room for as many drafts as the plan makes."""
     group_prefix = _prefixes(plan, state)
     window = build_window(
         jnp.concatenate([state.pending[:, None], state.proposals], axis=1),
@@ -163,14 +174,12 @@ def _commit_and_draft(
         where, temperature = state.context_len + 1, state.sampling.temperature
         anchor_logits = shape(raw_logits, state.shaping, drafts, where, state.stop_ids, temperature, allowed)
     has_logits = plan.keeps_proposal_logits and num_checked > 0
-    verdict = _everywhere(verify, module, plan)(
-        anchor_logits,
-        drafts,
-        state.proposal_logits if has_logits else None,
-        state.proposal_stats if has_logits else None,
-        jnp.minimum(state.num_proposals, num_checked),
-        state.sampling,
-        state.context_len + 1,
+    op, of_drafts = verify_coupled, ()
+    if not plan.coupled:
+        op, of_drafts = verify, (state.proposal_logits, state.proposal_stats) if has_logits else (None, None)
+    num_drafts = jnp.minimum(state.num_proposals, num_checked)
+    verdict = _everywhere(op, module, plan)(
+        anchor_logits, drafts, *of_drafts, num_drafts, state.sampling, state.context_len + 1
     )
     depths = jnp.arange(num_anchors, dtype=jnp.int32)[None]
     is_final = depths == verdict.accepted_len[:, None]
@@ -331,11 +340,12 @@ def _draft(
         behind, where = jnp.zeros((batch, 0), jnp.int32), state.context_len + 1
         chosen = shape(chosen, state.shaping, behind, where, state.stop_ids, state.sampling.temperature, None)
     # MASK k behind the accepted drafts predicts the token k places after the one just committed.
-    op = _everywhere(draft, module, plan, argmax=plan.argmax_proposals)
+    purpose = Purpose.COMMIT if plan.coupled else Purpose.PROPOSE
+    op = _everywhere(draft, module, plan, argmax=plan.argmax_proposals, purpose=purpose)
     proposals, stats = op(chosen, state.sampling, state.context_len + 1)
     if plan.keeps_proposal_logits:
         state = state._replace(proposal_logits=chosen)
-    if plan.places_branches:
+    if state.confidence is not None:
         is_mask_id = jnp.arange(chosen.shape[2])[None, None] == plan.mask_token_id
         probs = jax.nn.softmax(jnp.where(is_mask_id, -jnp.inf, chosen), axis=-1)
         state = state._replace(confidence=jnp.take_along_axis(probs, proposals[..., None], axis=-1)[..., 0])

@@ -1,5 +1,6 @@
 """`generate_stream`: text as it is committed, for one prompt."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from idlm_jax.decoding.generate import prepare_batch
+from idlm_jax.decoding.auto import stretches
+from idlm_jax.decoding.generate import PreparedBatch, prepare_batch
 from idlm_jax.decoding.loop import run_loop, run_prefill
 from idlm_jax.decoding.method import ISD, Method
+from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
-from idlm_jax.decoding.state import Finish
+from idlm_jax.decoding.state import DecodeState, Finish
 from idlm_jax.model.language_model import LanguageModel
 
 
@@ -25,17 +28,25 @@ def stream_tokens(
     """
     sampling = SamplingParams() if sampling is None else sampling
     ids = encode_prompt(lm, prompt, 0)
-    prepared = prepare_batch(lm, [ids], ISD() if method is None else method, [sampling])
+    method = ISD() if method is None else method
+    prepared = prepare_batch(lm, [ids], method, [sampling])
     state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
     sent = len(ids)
-    while True:
+    for now in itertools.chain([state], _forwards(lm, method, prepared, state)):
         # Read before the state is donated to the next forward.
-        committed = int(state.context_len[0]) + 1
-        yield np.asarray(state.tokens[0, sent:committed]).tolist()
+        committed = int(now.context_len[0]) + 1
+        yield np.asarray(now.tokens[0, sent:committed]).tolist()
         sent = committed
-        if int(state.finish[0]) != Finish.RUNNING:
-            return
+
+
+def _forwards(lm: LanguageModel, method: Method, prepared: PreparedBatch, state: DecodeState) -> Iterator[DecodeState]:
+    """The state after each forward; the one before is donated."""
+    if len(prepared.plans) > 1:
+        yield from stretches(lm, prepared.plans, Pacer(method.menu), state, longest=1)
+        return
+    while int(state.finish[0]) == Finish.RUNNING:
         state = run_loop(lm.graph, lm.params, prepared.plan, state, jnp.int32(1))
+        yield state
 
 
 def generate_stream(

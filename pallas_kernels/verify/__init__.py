@@ -23,7 +23,18 @@ from pallas_kernels.verify.rows import Refused, RowStats, Sampling, Verdict
 from pallas_kernels.verify.threefry import Purpose
 from pallas_kernels.verify.tiles import TpuTiles, TritonTiles
 
-__all__ = ["Purpose", "RowStats", "Sampling", "TpuTiles", "TritonTiles", "Verdict", "draft", "row_stats", "verify"]
+__all__ = [
+    "Purpose",
+    "RowStats",
+    "Sampling",
+    "TpuTiles",
+    "TritonTiles",
+    "Verdict",
+    "draft",
+    "row_stats",
+    "verify",
+    "verify_coupled",
+]
 
 BODIES = (Body.REFERENCE, Body.TRITON, Body.TPU)
 Tiles = TritonTiles | TpuTiles
@@ -102,11 +113,12 @@ def draft(
     filtered: bool,
     excluded_id: int = -1,
     all_greedy: bool = False,
+    purpose: Purpose = Purpose.PROPOSE,
     body: Body = Body.REFERENCE,
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> tuple[Int[Array, "B M"], RowStats]:
-    """Proposes one token per MASK row, drawn from q with purpose PROPOSE, or the likeliest.
+    """Proposes one token per MASK row, drawn from q, or the likeliest.
 
     Args:
         logits: raw scores of the MASK rows, float32 or bfloat16.
@@ -116,6 +128,7 @@ def draft(
         filtered: as in `row_stats`.
         excluded_id: as in `row_stats`.
         all_greedy: the caller knows that every temperature is 0; no random bits.
+        purpose: of the draws; COMMIT takes the noise of a committed token, for `verify_coupled`.
         body: which implementation runs.
         interpret: run a Pallas body in its interpreter; for tests.
         tiles: tile sizes of the chosen Pallas body.
@@ -135,7 +148,7 @@ def draft(
     if argmax or all_greedy or num_rows == 0:
         return stats.top_id, stats
     positions = first_position[:, None] + jnp.arange(num_rows, dtype=first_position.dtype)[None]
-    key = threefry.request_key(sampling.seed[:, None], positions, Purpose.PROPOSE)
+    key = threefry.request_key(sampling.seed[:, None], positions, purpose)
     flat = batch * num_rows
     tokens = _draw(
         logits.reshape(flat, 1, -1),
@@ -245,6 +258,44 @@ def verify(
     key = threefry.request_key(sampling.seed, first_position + accepted_len, Purpose.COMMIT)
     token = _draw(anchor_logits, accepted_len, sampling.temperature, last, key, refused, **options)
     return Verdict(accepted_len, token, accept_probs)
+
+
+def verify_coupled(
+    anchor_logits: Float[Array, "B C V"],
+    proposals: Int[Array, "B M"],
+    num_proposals: Int[Array, " B"],
+    sampling: Sampling,
+    first_position: Int[Array, " B"],
+    **options,
+) -> Verdict:
+    """Draws every row's token from p as plain sampling would, and accepts the drafts that are those tokens.
+
+    What is committed is then plain sampling's own text for the seed, whatever was drafted. Drafts that `draft` has
+    drawn with purpose COMMIT share the noise of the row that checks them, which makes them agree with probability
+    (1 - TV) / (1 + TV) at least, TV the total variation between p and q (Daliri et al. 2024, arXiv 2408.07978).
+
+    Args:
+        anchor_logits: as in `verify`.
+        proposals: drafted ids, however; entries at and past `num_proposals` are ignored.
+        num_proposals: drafts to check, 0..M.
+        sampling: of each request.
+        first_position: as in `verify`; row j draws with the key of position + j and purpose COMMIT.
+        **options: `filtered`, `excluded_id`, `all_greedy`, `body`, `interpret` and `tiles`, as in `draft`.
+
+    Returns:
+        The verdict; `accept_probs` are 1 or 0, for nothing is left to chance.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `verify`.
+    """
+    batch, num_masks = anchor_logits.shape[0], anchor_logits.shape[1] - 1
+    check_array("proposals", proposals, (batch, num_masks), jnp.integer)
+    check_array("num_proposals", num_proposals, (batch,), jnp.integer)
+    tokens, _ = draft(anchor_logits, sampling, first_position, argmax=False, purpose=Purpose.COMMIT, **options)
+    is_proposed = jnp.arange(num_masks, dtype=num_proposals.dtype)[None] < num_proposals[:, None]
+    agrees = (tokens[:, :num_masks] == proposals).astype(jnp.float32)
+    accepted_len, accept_probs = accept(agrees, jnp.ones_like(agrees), is_proposed, None)
+    return Verdict(accepted_len, _at(tokens, accepted_len), accept_probs)
 
 
 def _batch_stats(logits: Float[Array, "B C V"], sampling: Sampling, **options) -> RowStats:

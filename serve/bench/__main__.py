@@ -26,7 +26,7 @@ from serve.bench.plot import plot
 from serve.bench.prompts import Prompt, read_prompts
 from serve.bench.report import Result, print_report, write_report
 from serve.bench.rounds import WARM_UP, Run, run_rounds
-from serve.bench.servers import started_servers
+from serve.bench.servers import flags_of, started_servers
 
 MIN_PROMPTS_EACH = 4  # of a caller; with fewer, a closed loop is emptying for much of its time
 Mode = Literal["closed", "poisson", "burst"]
@@ -44,7 +44,10 @@ def bench(
         typer.Option(help="Start this project's server with this model, once per stride, and stop it after."),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="With --model-path: folder of a gated LoRA adapter.")] = None,
-    strides: Annotated[str | None, typer.Option(help="With --model-path: 1 is plain AR. Default 4,1.")] = None,
+    strides: Annotated[
+        str | None,
+        typer.Option(help="With --model-path: 1 is plain AR, 4x2 has two branches, auto chooses. Default 4,1."),
+    ] = None,
     serve_args: Annotated[str, typer.Option(help='With --model-path: for the servers, as in "--dtype float32".')] = "",
     start_timeout: Annotated[float, typer.Option(help="Seconds a started server may load and compile.")] = 1800,
     prompts: Annotated[
@@ -98,7 +101,9 @@ def bench(
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, ignore_eos=ignore_eos, seed=seed)
     loads = make_loads(mode, concurrency, rate)
     endpoints = [parse_target(text) for text in target or []]
-    started = parse_numbers("--strides", strides or "4,1", int) if model_path is not None else []
+    started = (strides or "4,1").split(",") if model_path is not None else []
+    for stride in started:
+        flags_of(stride)  # refuses what is none, before anything is started
     names = [*(each.name for each in endpoints), *(f"stride-{stride}" for stride in started)]
     check_names(names, baseline)
     if model_path is None and (adapter or strides or serve_args):

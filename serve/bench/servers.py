@@ -1,7 +1,8 @@
-"""Servers of this project, one per stride, started for a benchmark and stopped after it."""
+"""Servers of this project, one per method, started for a benchmark and stopped after it."""
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,16 +20,17 @@ STOP_TIMEOUT_S = 20.0
 
 @contextlib.contextmanager
 def started_servers(
-    strides: Sequence[int],
+    strides: Sequence[str],
     arguments: Sequence[str],
     *,
     log_folder: Path,
     api_key: str | None,
     timeout_s: float,
 ) -> Iterator[list[Endpoint]]:
-    """Runs `python -m serve ARGUMENTS --stride N` for every stride, all side by side; yields them when all are ready.
+    """Runs `python -m serve ARGUMENTS --stride N --branches B` for every N or NxB, all side by side.
 
-    What they print is in `server_stride-N.log`. Their environment is this process's, and so is the key they ask for.
+    Yields them when all are ready. "auto" is the stride and the branches that the server chooses. What they print is in
+    `server_stride-N.log`. Their environment is this process's, and so is the key they ask for.
 
     Raises:
         ValueError: one ended, or was not ready within `timeout_s`.
@@ -42,7 +44,7 @@ def started_servers(
     try:
         for stride, port in zip(strides, _free_ports(len(strides)), strict=True):
             endpoints.append(Endpoint(f"stride-{stride}", f"http://127.0.0.1:{port}/v1"))
-            command = [sys.executable, "-m", "serve", *arguments, "--stride", str(stride), "--port", str(port)]
+            command = [sys.executable, "-m", "serve", *arguments, *flags_of(stride), "--port", str(port)]
             with _log_of(endpoints[-1], log_folder).open("wb") as log:
                 # In a session of its own: Ctrl-C in the terminal is for the benchmark, which then stops its servers.
                 process = subprocess.Popen(
@@ -62,6 +64,18 @@ def started_servers(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def flags_of(stride: str) -> list[str]:
+    """Flags of a server for N, NxB or auto.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?|auto", stride)
+    if match is None:
+        raise ValueError(f"--strides: {stride!r} is neither a stride, nor a stride x branches as in 4x2, nor auto")
+    return ["--stride", match[1] or "auto", "--branches", match[2] or ("1" if match[1] else "auto")]
 
 
 def _log_of(endpoint: Endpoint, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from idlm_jax.decoding.method import method_name
 from idlm_jax.decoding.prompts import encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.model.language_model import LanguageModel
@@ -181,6 +182,7 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
         counts = dataclasses.asdict(stats)
         counts["tally"] = {key: np.asarray(value).tolist() for key, value in counts["tally"].items()}
         method = {"name": type(engine_config.method).__name__, "stride": engine_config.stride}
+        method |= {"menu": [method_name(each) for each in engine_config.method.menu]}
         info = {"model_path": config.model_path, "served_model_name": config.model, "method": method}
         info |= {"device": jax.devices()[0].device_kind, "dtype": lm.config.compute_dtype, "jax": jax.__version__}
         sizes = {"max_running_requests": limits.num_slots, "max_queued_requests": limits.max_queued}

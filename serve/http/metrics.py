@@ -77,6 +77,10 @@ class EngineCollector(Collector):
         yield self._counter("spec_decode_num_draft_tokens", "Drafts offered.", num_drafts * self._num_masks)
         yield self._counter("spec_decode_num_accepted_tokens", "Drafts accepted.", int(tally.accepted.sum()))
         yield self._counter("cold_start_steps", "Forwards without a draft to verify.", tally.cold_starts)
+        steps = self._family("decode_steps", "Decode forwards, by the method that was chosen.", "method")
+        for method, count in stats.num_decode_forwards_by_method.items():
+            steps.add_metric([self._model, method], count)
+        yield steps
         accepted = self._family("spec_decode_num_accepted_tokens_per_pos", "Drafts accepted, by depth.", "position")
         for depth, count in enumerate(tally.accepted):
             accepted.add_metric([self._model, str(depth)], int(count))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from serve.pages import SINK
-from serve.requests import Chunk, Limits, Request, Step, Window
+from serve.requests import Chunk, Limits, Request, Step, Window, WindowSize
 
 STOP = 0
 DRAFTED = ("draft",)
@@ -31,7 +31,7 @@ def completion(prompt: Sequence[int], max_tokens: int) -> list[int]:
 
 class Result(NamedTuple):
     tokens: list[int]
-    has_drafts: bool
+    num_drafts: int
     is_finished: bool
 
 
@@ -52,20 +52,22 @@ class FakeDevice:
         self.memory: dict[tuple[int, int], tuple[int, ...] | tuple[str]] = {}
 
     def run(self, step: Step) -> list[Result]:
-        windows = [self.run_window(window) for window in step.windows]
+        windows = [self.run_window(window, self.limits.windows[step.choice]) for window in step.windows]
         return windows + [self.run_chunk(chunk, step.prefill_shape[1]) for chunk in step.chunks]
 
-    def run_window(self, window: Window) -> Result:
+    def run_window(self, window: Window, size: WindowSize) -> Result:
         slot = self.slots[window.request.slot]
+        slot.num_drafts = min(slot.num_drafts, size.stride - 1)
         for place, page in enumerate(window.new_pages, window.first_new_page):
             self.set_page(slot, place, page)
         context_len = len(slot.tokens) - 1
         self.check_reads(slot, context_len)
-        num_masks = self.limits.stride - 1
+        num_masks = size.stride - 1
+        branches = (size.rows - size.stride) // num_masks if num_masks else 1
         # Row by row: where it is written, and what it predicts. MASKs stand behind room for all drafts, used or not.
         prefixes = [slot.num_drafts]
-        if self.limits.branches > 1:
-            prefixes = self.rng.sample(range(self.limits.stride), self.limits.branches)
+        if branches > 1:
+            prefixes = self.rng.sample(range(size.stride), branches)
         rows = [(draft, draft + 1) for draft in range(slot.num_drafts + 1)]
         for group, prefix in enumerate(prefixes):
             first = (1 + group) * num_masks
@@ -73,14 +75,14 @@ class FakeDevice:
         for row, predicts in rows:
             if slot.is_running and context_len + predicts < slot.end:
                 assert self.where(slot, context_len + row)[0] != SINK, "a row that may count lies in the sink"
-        self.write(slot, context_len, slot.tokens[-1:], self.limits.window_len - 1)
+        self.write(slot, context_len, slot.tokens[-1:], size.rows - 1)
         if not slot.is_running:
             return Result([], False, True)
         accepted = self.rng.randint(0, slot.num_drafts)
         tokens = self.commit(slot, accepted + 1)
         self.write(slot, context_len, slot.tokens[context_len:-1] if tokens else [], 0)
-        slot.num_drafts = self.limits.stride - 1 if accepted in prefixes else 0
-        return Result(tokens, slot.num_drafts > 0, not slot.is_running)
+        slot.num_drafts = num_masks if accepted in prefixes else 0
+        return Result(tokens, slot.num_drafts, not slot.is_running)
 
     def run_chunk(self, chunk: Chunk, rows: int) -> Result:
         request = chunk.request
@@ -96,11 +98,11 @@ class FakeDevice:
         slot.is_running = True
         if chunk.restored is not None:
             slot.tokens = [*read, chunk.restored]
-            slot.num_drafts = (self.limits.stride - 1) * request.has_drafts
-            return Result([], request.has_drafts, False)
+            slot.num_drafts = (self.limits.stride - 1) * (request.num_drafts > 0)
+            return Result([], slot.num_drafts, False)
         tokens = self.commit(slot, 1)
         slot.num_drafts = self.limits.stride - 1
-        return Result(tokens, slot.num_drafts > 0, not slot.is_running)
+        return Result(tokens, slot.num_drafts, not slot.is_running)
 
     def commit(self, slot: Slot, most: int) -> list[int]:
         tokens: list[int] = []
@@ -143,7 +145,7 @@ def report(scheduler, step: Step, results: list[Result]) -> list[Request]:
             if not planned.commits:
                 continue
         scheduler.read_forward(
-            planned.request, result.tokens, has_drafts=result.has_drafts, is_finished=result.is_finished
+            planned.request, result.tokens, num_drafts=result.num_drafts, is_finished=result.is_finished
         )
         if result.is_finished:
             ended.append(planned.request)

@@ -15,8 +15,9 @@ import idlm_jax
 from idlm_jax.decoding import ISD
 from idlm_jax.model.language_model import LanguageModel
 from serve.config import EngineConfig
-from serve.engine import Engine, Runs
+from serve.engine import Engine
 from serve.http.app import HttpConfig, make_app
+from serve.runs import Runs
 
 MODEL = Path(__file__).parents[2] / "assets" / "tiny-qwen3-py"
 KEY = "a key"

@@ -239,6 +239,7 @@ def test_ctrl_c_reports_what_was_finished(fake: FakeServer, prompts, tmp_path: P
         (["--target", "x=http://h/v1", "--strides", "4"], "belong to --model-path"),
         (["--target", "x=http://h/v1", "--compare-texts"], "at least two targets"),
         (["--model-path", "m", "--compare-texts", "--temperature", "1"], "takes --temperature 0"),
+        (["--model-path", "m", "--strides", "4,fast"], "'fast' is neither a stride"),
         (["--target", "x=http://h/v1", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
     ],
 )
@@ -302,12 +303,12 @@ def is_alive(process_id: int) -> bool:
 def test_started_servers_get_their_arguments_and_are_stopped(stand_in: Path):
     how = {"log_folder": stand_in, "api_key": "secret", "timeout_s": 20.0}
     ids = []
-    with started_servers([4, 1], ["--model-path", "m"], **how) as endpoints:
-        assert [endpoint.name for endpoint in endpoints] == ["stride-4", "stride-1"]
-        for stride, endpoint in zip((4, 1), endpoints, strict=True):
+    with started_servers(["4x2", "1", "auto"], ["--model-path", "m"], **how) as endpoints:
+        assert [endpoint.name for endpoint in endpoints] == ["stride-4x2", "stride-1", "stride-auto"]
+        for stride, branches, endpoint in zip(("4", "1", "auto"), ("2", "1", "auto"), endpoints, strict=True):
             process_id, options, key = json.loads((stand_in / f"stand_in_{stride}").read_text())
             assert endpoint.url == f"http://127.0.0.1:{options['--port']}/v1"
-            assert (options["--model-path"], key) == ("m", "secret")
+            assert (options["--model-path"], options["--branches"], key) == ("m", branches, "secret")
             assert is_alive(process_id)
             ids.append(process_id)
     assert not any(map(is_alive, ids))
@@ -316,7 +317,7 @@ def test_started_servers_get_their_arguments_and_are_stopped(stand_in: Path):
 def test_a_server_that_does_not_start_is_quoted_and_the_others_are_stopped(stand_in: Path):
     how = {"log_folder": stand_in, "api_key": None, "timeout_s": 20.0}
     with pytest.raises(ValueError, match="stride-3 ended with 1: stride 3 is not served"):
-        with started_servers([4, 3], ["--model-path", "m"], **how):
+        with started_servers(["4", "3"], ["--model-path", "m"], **how):
             raise AssertionError("it started")
     process_id, *_ = json.loads((stand_in / "stand_in_4").read_text())
     assert not is_alive(process_id)

@@ -30,7 +30,7 @@ def test_a_step_updates_the_pool_in_place(kind):
     model = dataclasses.replace(QWEN3_8B, kernels=BY_NAME["triton"])
     lm = from_module(nnx.eval_shape(lambda: Qwen3(model, rngs=nnx.Rngs(0))))
     layout = layout_of(CONFIG.limits(model), CONFIG.max_stop_ids, CONFIG.num_biases)
-    plan = device._plan(lm, CONFIG, device.Draws.FILTERED)
+    plan = device._plan(lm, CONFIG, CONFIG.method, device.Draws.FILTERED)
     state = jax.eval_shape(lambda: device._idle_state(lm, CONFIG, plan, layout))
     leaves, tree = jax.tree.flatten(lm.params)
     body = device._run_windows if kind == "decode" else device._run_chunks

@@ -63,7 +63,7 @@ def flags(container) -> dict[str, Any]:
 class Idle:
     """A device for an engine that is asked for nothing."""
 
-    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> Any:
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> Any:
         raise AssertionError("nobody asked")
 
     def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> Any:

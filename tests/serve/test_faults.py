@@ -9,7 +9,8 @@ import pytest
 
 from idlm_jax.decoding import AR, SamplingParams, generate
 from serve.device import Device, Draws
-from serve.engine import Engine, EngineError, ReadLater
+from serve.engine import Engine, EngineError
+from serve.runs import ReadLater
 from tests.support.tiny_model import random_prompts
 
 GREEDY = SamplingParams(max_tokens=24)
@@ -23,15 +24,15 @@ class Faulty:
         self.when_read, self.comes_back = when_read, comes_back
         self.may_fail = threading.Event()
 
-    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater:
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> ReadLater:
         self.countdown -= 1
         if self.countdown == 0:
             assert self.may_fail.wait(60)
             if self.when_read:
-                self.device.decode(words, draws, masks)
+                self.device.decode(words, draws, masks, choice)
                 return Poisoned()
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        return self.device.decode(words, draws, masks)
+        return self.device.decode(words, draws, masks, choice)
 
     def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater:
         return self.device.prefill(words, masks)

@@ -26,9 +26,9 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(lm):
     log: list[tuple[str, int]] = []
 
     class Logged(StandIn):
-        def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> "Read":
+        def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> "Read":
             log.append(("launch", len(log)))
-            return Read(super().decode(words, draws, masks), len(log) - 1)
+            return Read(super().decode(words, draws, masks, choice), len(log) - 1)
 
     class Read:
         def __init__(self, outcome: Later, number: int):

@@ -23,8 +23,8 @@ import pytest
 import idlm_jax
 from idlm_jax.decoding import AR, SamplingParams, generate
 from serve.device import Draws
-from serve.engine import ReadLater
 from serve.hosts import Leader, follow
+from serve.runs import ReadLater
 
 ROOT = Path(__file__).parents[2]
 MODEL = ("assets/tiny-qwen3-py", "assets/tiny-qwen3-py-isd")
@@ -37,8 +37,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None) -> ReadLater:
-        self.calls.append(("decode", words.tolist(), draws, masks is None))
+    def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> ReadLater:
+        self.calls.append(("decode", words.tolist(), draws, masks is None, choice))
         return words
 
     def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater:

@@ -16,7 +16,7 @@ import pytest
 import idlm_jax
 from idlm_jax.model.language_model import LanguageModel
 from serve.device import Device
-from serve.engine import ReadLater
+from serve.runs import ReadLater
 from tests.serve.http_server import CONFIG, KEY, MAX_BODY, MODEL, Running, serving
 from tests.serve.test_faults import poll
 

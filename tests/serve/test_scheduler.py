@@ -1,5 +1,6 @@
 """Scheduler and pages under random arrivals, aborts and outcomes, against a device that checks every read."""
 
+import random
 from collections import deque
 
 import hypothesis.strategies as st
@@ -8,7 +9,7 @@ from hypothesis import Phase as Stage
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from serve.requests import Limits, Phase, QueueFull, Request
+from serve.requests import Limits, Phase, QueueFull, Request, WindowSize
 from serve.scheduler import Scheduler
 from tests.serve.fake_device import FakeDevice, completion, report
 
@@ -20,7 +21,7 @@ def limits(**changes) -> Limits:
         "num_slots": 3,
         "num_pages": 12,
         "page_size": 4,
-        "stride": 3,
+        "windows": (WindowSize(3, 5),),
         "max_len": 40,
         "prefill_shapes": SHAPES,
         "max_step_rows": 20,
@@ -36,7 +37,8 @@ class Serving(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.scheduler = Scheduler(self.sizes)
+        choices = random.Random(1)
+        self.scheduler = Scheduler(self.sizes, lambda num_decoding: choices.randrange(len(self.sizes.windows)))
         self.device = FakeDevice(self.sizes, seed=0)
         self.in_flight: deque = deque()
         self.prompts: dict[Request, list[int]] = {}
@@ -115,18 +117,24 @@ class Serving(RuleBasedStateMachine):
 class TightServing(Serving):
     """A pool that hardly holds one of the longer requests, and more slots than it can feed."""
 
-    sizes = limits(num_slots=5, num_pages=12, page_size=4, stride=4)
+    sizes = limits(num_slots=5, num_pages=12, page_size=4, windows=(WindowSize(4, 7),))
 
 
 class Autoregressive(Serving):
-    sizes = limits(stride=1, page_size=2, num_pages=24)
+    sizes = limits(windows=(WindowSize(1, 1),), page_size=2, num_pages=24)
 
 
 class Branched(Serving):
-    sizes = limits(branches=2, num_pages=14, max_step_rows=30)
+    sizes = limits(windows=(WindowSize(3, 7),), num_pages=14, max_step_rows=30)
 
 
-@pytest.mark.parametrize("machine", [Serving, TightServing, Autoregressive, Branched])
+class Choosing(Serving):
+    """AR, a short stride, and a long window of many branches, in any order."""
+
+    sizes = limits(windows=(WindowSize(1, 1), WindowSize(2, 3), WindowSize(4, 16)), num_pages=16, max_step_rows=60)
+
+
+@pytest.mark.parametrize("machine", [Serving, TightServing, Autoregressive, Branched, Choosing])
 def test_no_page_leaks_has_two_owners_or_is_shared_before_it_is_committed(machine):
     run_state_machine_as_test(
         machine,

@@ -40,7 +40,7 @@ def check_step(mesh: Mesh, kernels: str, *, chunk_rows: int | None = None) -> li
     model = dataclasses.replace(QWEN3_8B, kernels=BY_NAME[kernels])
     lm = from_module(nnx.eval_shape(lambda: Qwen3(model, rngs=nnx.Rngs(0))))
     layout = layout_of(CONFIG.limits(model), CONFIG.max_stop_ids, CONFIG.num_biases)
-    plan = device._plan(lm, CONFIG, device.Draws.FILTERED, mesh)
+    plan = device._plan(lm, CONFIG, CONFIG.method, device.Draws.FILTERED, mesh)
     state = jax.eval_shape(lambda: device._idle_state(lm, CONFIG, plan, layout))
     where = state_shardings(state, mesh)
 

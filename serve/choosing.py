@@ -1,0 +1,62 @@
+"""Which method of the menu a step has: asked before it is planned, told afterwards what came of it."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from idlm_jax.decoding.pacing import Pacer
+from serve.packing import Outcome
+from serve.requests import Limits, Step
+
+
+class Choosing:
+    """The pacer, in terms of steps and outcomes. Without one it is always the first of the menu."""
+
+    def __init__(self, limits: Limits, decode_buckets: Sequence[int], pacer: Pacer | None):
+        """Args: what the scheduler plans within, batch sizes of the decode programs, and what has timed them."""
+        self._limits, self._buckets, self._pacer = limits, decode_buckets, pacer
+        # When the last step was read, if it was a decode step alone.
+        self._read_at: float | None = None
+
+    def bucket(self, num_windows: int) -> int:
+        """The batch size of the program that serves so many windows."""
+        return next(size for size in self._buckets if size >= num_windows)
+
+    def choose(self, num_decoding: int) -> int:
+        """The method of a step in which so many requests decode."""
+        return 0 if self._pacer is None else self._pacer.choose(self.bucket(num_decoding))
+
+    def pause(self) -> None:
+        """Nothing is computed for now, so the next step cannot be timed by the end of the last."""
+        self._read_at = None
+
+    def learn(self, step: Step, outcomes: Sequence[Outcome] | None) -> None:
+        """Takes note of a step that was just read; the step behind it is already launched.
+
+        Args:
+            step: as planned; its requests are as they were before the outcomes.
+            outcomes: of its decode batch.
+        """
+        if self._pacer is None:
+            return
+        now = None if step.chunks else time.perf_counter()
+        before, self._read_at = self._read_at, now
+        if outcomes is None:
+            return
+        if before is not None and now is not None:
+            self._pacer.follow_seconds(self.bucket(len(step.windows)), step.choice, now - before)
+        num_masks = self._limits.stride - 1
+        verified, accepted = np.zeros(num_masks, np.int64), np.zeros(num_masks, np.int64)
+        most = self._limits.windows[step.choice].stride - 1
+        # Those that end are cut short, which says nothing of drafts.
+        going_on = [
+            (min(window.request.num_drafts, most), len(outcome.tokens))
+            for window, outcome in zip(step.windows, outcomes, strict=False)
+            if not window.is_void and outcome.tokens and not outcome.finish
+        ]
+        for num_drafts, num_tokens in going_on:
+            verified[: min(num_drafts, num_tokens)] += 1
+            accepted[: num_tokens - 1] += 1
+        num_tokens = sum(tokens for _, tokens in going_on)
+        self._pacer.observe(step.choice, len(going_on), num_tokens, verified.tolist(), accepted.tolist())

@@ -1,0 +1,97 @@
+"""An engine whose steps may be of any method says what AR says, and learns how good its drafts are."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from idlm_jax.decoding import AR, ISD, SamplingParams, generate
+from idlm_jax.decoding.pacing import Pacer
+from serve.device import Device
+from serve.engine import Engine
+from tests.serve.conftest import CONFIG
+from tests.support.tiny_model import random_prompts
+
+# AR, stride 2 with a branch behind each prefix, stride 4 with two placed ones.
+AUTO = dataclasses.replace(
+    CONFIG,
+    method=ISD(stride="auto", branches=2),
+    decode_batches=(4,),
+    prefill_shapes=((1, 16),),
+)
+TIGHT = dataclasses.replace(AUTO, num_pages=13)
+PROMPTS = random_prompts(24, 40, 11, seed=1)
+PARAMS = [
+    SamplingParams(max_tokens=16 + seed % 7, temperature=0.5 * (seed % 3), top_k=(seed % 3) * 4, seed=seed)
+    for seed in range(24)
+]
+
+
+class Dice(Pacer):
+    """Chooses anything at any time, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(AUTO.method.menu)
+        for index in range(len(self.menu)):
+            self.set_seconds(4, index, 1.0)
+        self.chosen: list[int] = []
+        self.totals = np.zeros((2, 3), np.int64)
+
+    def choose(self, batch: int) -> int:
+        assert batch == 4
+        self.chosen.append(len(self.chosen) * 7 % 5 % len(self.menu))
+        return self.chosen[-1]
+
+    def observe(self, index, forwards, tokens, verified, accepted) -> None:
+        self.totals += np.array([verified, accepted])
+        super().observe(index, forwards, tokens, verified, accepted)
+
+
+@pytest.fixture(scope="module")
+def compiled(lm) -> Device:
+    return Device(lm, AUTO)
+
+
+@pytest.fixture
+def engine_of(lm, compiled) -> Iterator:
+    engines = []
+
+    def start(config, pacer) -> Engine:
+        compiled.reset()
+        engines.append(Engine(lm, config, device=compiled, pacer=pacer, after_step=lambda it: it.check()))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        assert engine.close(timeout_s=60.0)
+
+
+@pytest.mark.parametrize("config", [AUTO, TIGHT], ids=["roomy", "preempting"])
+def test_any_sequence_of_methods_says_what_ar_says(lm, engine_of, config):
+    dice = Dice()
+    engine = engine_of(config, dice)
+    handles = [engine.submit(*each) for each in zip(PROMPTS, PARAMS, strict=True)]
+    results = [handle.result()[0] for handle in handles]
+    assert results == [each.token_ids for each in generate(lm, PROMPTS, AR(), PARAMS)]
+    stats = engine.stats()
+    assert set(dice.chosen) == {0, 1, 2} and all(stats.num_decode_forwards_by_method.values())
+    assert sum(stats.num_decode_forwards_by_method.values()) == stats.num_decode_forwards
+    assert (stats.num_preemptions > 0) == (config is TIGHT)
+    # What the pacer was told is what the device counted, but for windows that ended a request.
+    verified, accepted = dice.totals
+    assert np.all(accepted <= verified) and np.all(accepted <= stats.tally.accepted)
+    assert np.all(verified <= stats.tally.verified)
+    assert np.all(stats.tally.verified - verified <= len(PROMPTS))
+
+
+def test_a_pacer_that_knows_the_times_settles_for_one_method(lm, compiled, engine_of):
+    assert compiled.pacer is not None
+    assert all(compiled.pacer.is_timed(4, index) for index in range(3))
+    pacer = Pacer(AUTO.method.menu)
+    for index, seconds in enumerate((1.0, 100.0, 100.0)):
+        pacer.set_seconds(4, index, seconds)
+    engine = engine_of(AUTO, pacer)
+    assert engine.submit(PROMPTS[0], PARAMS[0]).result()[0] == generate(lm, PROMPTS[:1], AR(), PARAMS[:1])[0].token_ids
+    by_method = engine.stats().num_decode_forwards_by_method
+    assert by_method["AR"] == engine.stats().num_decode_forwards > 0
