@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int
 from idlm_jax.array_types import Hidden, Logits, Positions, RowGate, Tokens
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.attention import Attend, Attention, RopeTables, causal_attend
-from idlm_jax.model.layers import GatedMlp, RMSNorm, rope_tables
+from idlm_jax.model.layers import GatedMlp, LayerStack, RMSNorm, rope_tables
 from pallas_kernels.two_stream_attention import SAVED
 
 # Axis letters of every parameter, one entry per array; weight names and sharding rules are both derived from it.
+# Weights in 8 bits: QUANTIZED_AXES.
 PARAM_AXES: dict[tuple[str, ...], str] = {
     ("embedding",): "VD",
     ("blocks", "attention_norm", "weight"): "LD",
@@ -33,6 +34,20 @@ PARAM_AXES: dict[tuple[str, ...], str] = {
     ("blocks", "mlp", "down", "kernel"): "LFD",
     ("final_norm", "weight"): "D",
     ("head",): "VD",
+}
+
+
+def output_axes(axes: str) -> str:
+    """Letters that a projection writes: linear maps read or write the model width, so DNH maps D to NH, NHD NH to D."""
+    return axes[1:] if axes[0] == "D" else axes[-1]
+
+
+# What stands in place of a kernel in a model with 8-bit weights: its values, and a scale per output column.
+QUANTIZED_AXES: dict[tuple[str, ...], str] = {
+    (*path[:-1], part): part_axes
+    for path, axes in PARAM_AXES.items()
+    if path[-1] == "kernel"
+    for part, part_axes in (("values", axes), ("scale", "L" + output_axes(axes[1:])))
 }
 
 
@@ -56,7 +71,7 @@ class Block(nnx.Module):
     ) -> tuple[Hidden, Any]:
         mixed, carried = self.attention(self.attention_norm(x), rope, attend, layer, carried, lora_gate)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x), lora_gate), carried
+        return x + self.mlp(self.mlp_norm(x), lora_gate, layer), carried
 
 
 class Qwen3(nnx.Module):
@@ -102,14 +117,14 @@ class Qwen3(nnx.Module):
         """
         config = self.config
         rope = rope_tables(positions, config.head_dim, config.rope_theta)
-        graph, stacked = nnx.split(self.blocks)
+        graph, whole, sliced = nnx.split(self.blocks, LayerStack, ...)
 
         def layer(
             state: tuple[Hidden, Any], inputs: tuple[nnx.State, Int[Array, ""]]
         ) -> tuple[tuple[Hidden, Any], None]:
             params, number = inputs
             x, carried = state
-            return nnx.merge(graph, params)(x, rope, attend, number, carried, lora_gate), None
+            return nnx.merge(graph, params, whole)(x, rope, attend, number, carried, lora_gate), None
 
         if config.remat != "none":
             policies = jax.checkpoint_policies
@@ -121,7 +136,7 @@ class Qwen3(nnx.Module):
             layer = jax.checkpoint(layer, policy=keep)
         x = self.embedding[...][tokens].astype(config.compute)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x, carried), _ = jax.lax.scan(layer, (x, carried), (stacked, numbers), unroll=config.scan_unroll)
+        (x, carried), _ = jax.lax.scan(layer, (x, carried), (sliced, numbers), unroll=config.scan_unroll)
         return self.final_norm(x), carried
 
     def head_weight(self) -> Float[Array, "V D"]:
