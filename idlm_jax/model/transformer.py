@@ -50,6 +50,12 @@ QUANTIZED_AXES: dict[tuple[str, ...], str] = {
     for part, part_axes in (("values", axes), ("scale", "L" + output_axes(axes[1:])))
 }
 
+# For programs that run the model without a gradient, on any platform; only XLA:GPU reads them. With its own defaults it
+# copies every layer's weights out of their stacks before it multiplies by them (docs/decisions/0005): products of
+# Triton's take no slice, and products of one input are merged by writing their weights side by side. cuBLAS is handed
+# the address of the slice instead.
+INFERENCE_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
 
 class Block(nnx.Module):
     """Pre-norm decoder block: x + attention(norm(x)), then x + mlp(norm(x))."""
