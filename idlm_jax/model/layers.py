@@ -98,14 +98,13 @@ class QuantizedProjection(Projection):
     def _init_weight(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         """Zeros: an 8-bit weight is made from another (`pallas_kernels.quantized_matmul.quantize`), never drawn."""
         assert config.quantize is not None
-        self.values = LayerStack(jnp.zeros((*self.in_shape, *self.out_shape), VALUE_DTYPES[config.quantize]))
-        self.scale = LayerStack(jnp.ones(self.out_shape, jnp.float32))
+        width, columns = math.prod(self.in_shape), math.prod(self.out_shape)
+        self.values = LayerStack(jnp.zeros((width, columns), VALUE_DTYPES[config.quantize]))
+        self.scale = LayerStack(jnp.ones(columns, jnp.float32))
         self.body, self.interpret = config.kernels.quantized_matmul, config.kernels.interpret
 
     def _base_product(self, flat: Float[Array, "*M D"], layer: Int[Array, ""]) -> Float[Array, "*M F"]:
-        rows, num_layers = flat.reshape(-1, flat.shape[-1]), self.scale[...].shape[0]
-        values = self.values[...].reshape(num_layers, rows.shape[1], -1)
-        weight = QuantizedWeight(values, self.scale[...].reshape(num_layers, -1))
+        rows, weight = flat.reshape(-1, flat.shape[-1]), QuantizedWeight(self.values[...], self.scale[...])
         y = quantized_matmul(rows, weight, layer, body=self.body, interpret=self.interpret)
         return y.reshape(*flat.shape[:-1], -1)
 

@@ -42,12 +42,14 @@ def output_axes(axes: str) -> str:
     return axes[1:] if axes[0] == "D" else axes[-1]
 
 
-# What stands in place of a kernel in a model with 8-bit weights: its values, and a scale per output column.
+# What stands in place of a kernel in a model with 8-bit weights: its values, and a scale per output column. Inputs and
+# outputs are one axis each, which goes by its first letter: on TPU, merging axes of a stack would write it anew.
 QUANTIZED_AXES: dict[tuple[str, ...], str] = {
     (*path[:-1], part): part_axes
     for path, axes in PARAM_AXES.items()
     if path[-1] == "kernel"
-    for part, part_axes in (("values", axes), ("scale", "L" + output_axes(axes[1:])))
+    for output in (output_axes(axes[1:])[0],)
+    for part, part_axes in (("values", f"L{axes[1]}{output}"), ("scale", f"L{output}"))
 }
 
 # For programs that run the model without a gradient, on any platform; only XLA:GPU reads them. With its own defaults it

@@ -65,7 +65,8 @@ def _read_quantized(
 ) -> None:
     """Adds one layer of a kernel, from its stored bits, to its values and scales in `params`."""
     assert spec.layer is not None  # kernels are in blocks
-    shapes = {"values": (num_layers, *spec.shape), "scale": (num_layers, *spec.shape[spec.num_inputs :])}
+    num_out, num_in = spec.hf_shape
+    shapes = {"values": (num_layers, num_in, num_out), "scale": (num_layers, num_out)}
     dtypes = {"values": VALUE_DTYPES[form], "scale": jnp.float32}
     paths = {part: (*spec.path[:-1], part) for part in shapes}
     shardings = {part: param_sharding(QUANTIZED_AXES[paths[part]], shapes[part], mesh) for part in shapes}
@@ -115,11 +116,9 @@ def _write_quantized(
     shardings: tuple[NamedSharding | None, ...],
 ) -> tuple[Num[Array, "..."], ...]:
     """`_write` for the values and scales of a kernel, whose stacks are donated."""
-    num_columns = layout.hf_shape[0]
-    weight = quantize(layout.from_hf(tensor).reshape(-1, num_columns), form)
-    parts = weight.values.reshape(layout.shape), weight.scale.reshape(layout.shape[layout.num_inputs :])
+    weight = quantize(layout.from_hf(tensor).reshape(layout.hf_shape[::-1]), form)
     written = (
-        jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0) for stack, part in zip(stacks, parts, strict=True)
+        jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0) for stack, part in zip(stacks, weight, strict=True)
     )
     return tuple(
         array if where is None else jax.lax.with_sharding_constraint(array, where)

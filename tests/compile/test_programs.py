@@ -71,4 +71,5 @@ def test_decode_step_at_32k_compiles_for_one_tpu_chip(topology, batch, pool_toke
     memory = compiled.memory_analysis()
     assert memory is not None
     assert pool_bytes(state) <= memory.alias_size_in_bytes
+    # 906 MB more if the values of q, k and v had heads as an axis.
     assert memory.temp_size_in_bytes < 40_000_000 + 12_000_000 * batch
