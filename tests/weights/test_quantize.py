@@ -1,5 +1,6 @@
 """Projections held in 8 bits: what a load makes of a folder, what it refuses, and that decoding stays exact."""
 
+import dataclasses
 import gc
 import inspect
 import weakref
@@ -15,9 +16,9 @@ from idlm_jax.model.attention import causal_attend
 from idlm_jax.model.language_model import LanguageModel, from_module
 from idlm_jax.model.transformer import PARAM_AXES, QUANTIZED_AXES
 from idlm_jax.weights import export_adapter, export_hf, load
-from idlm_jax.weights.assemble import flat_variables
+from idlm_jax.weights.assemble import build_state, flat_variables
 from idlm_jax.weights.checkpoint import Checkpoint
-from pallas_kernels.bodies import BY_NAME
+from pallas_kernels.bodies import BY_NAME, Body, Kernels
 from pallas_kernels.quantized_matmul import VALUE_DTYPES, quantize
 from tests.support.tiny_model import random_prompts, randomize_adapter, sharpen, tiny_module
 from tests.weights.folders import assert_same_params, cpu_mesh
@@ -101,6 +102,16 @@ def test_rows_without_the_gate_have_the_bits_of_the_quantised_base(folders, form
     with_adapter, base = hidden(quantized(folders, form), gate), hidden(quantized(folders, form, adapter=False), None)
     np.testing.assert_array_equal(with_adapter[:, :6], base[:, :6])
     assert float(jnp.max(jnp.abs(with_adapter[:, 6:] - base[:, 6:]))) > 1e-3
+
+
+def test_a_kernel_reads_every_layer_from_the_stack(folders):
+    lm = quantized(folders, "int8", adapter=False)
+    config = dataclasses.replace(lm.config, kernels=Kernels(quantized_matmul=Body.TRITON, interpret=True))
+    params = {path: variable[...] for path, variable in flat_variables(lm.params).items()}
+    wanted = np.asarray(lm.logits(TOKENS))
+    # float32 sums in another order
+    found = LanguageModel(*build_state(config, params)).logits(TOKENS)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("axes", [None, dict(fsdp=2, tensor=2)], ids=str)
