@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from pallas_kernels.bodies import REFERENCE, Kernels
+from pallas_kernels.quantized_matmul import Form
 
 # Qwen3's tokenizer ends at 151,668 while its embedding holds 151,936 rows: the first free row is the MASK that the
 # published I-DLM checkpoints use, so no tensor has to be resized.
@@ -63,6 +64,8 @@ class ModelConfig:
         eos_token_ids: ids that end a completion.
         param_dtype: dtype in which parameters are stored.
         compute_dtype: dtype of activations and matrix products; reductions and softmax are always float32.
+        quantize: 8-bit form in which the projections of the blocks are held, for inference; None holds them in
+            `param_dtype`, like everything else.
         lora: adapter that acts on MASK rows, or None.
         remat: what the backward pass recomputes: "none", "full" (each block) or "dots" (all but matrix products).
         scan_unroll: layers per step of the scan over layers; `num_layers` unrolls it.
@@ -84,6 +87,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     param_dtype: DType = "float32"
     compute_dtype: DType = "float32"
+    quantize: Form | None = None
     lora: LoraConfig | None = None
     remat: Remat = "none"
     scan_unroll: int = 1

@@ -55,10 +55,16 @@ REFERENCE = Kernels()
 # What each name stands for. A kernel that was measured slower than XLA on its platform does not belong here.
 BY_NAME = {
     "reference": REFERENCE,
-    "triton": Kernels(paged_attention=Body.TRITON, two_stream_attention=Body.TRITON, verify=Body.TRITON),
+    # 8-bit weights: of a stack of layers, XLA's product would read a copy (docs/decisions/00XX-eight-bit-weights.md).
+    "triton": Kernels(
+        paged_attention=Body.TRITON,
+        two_stream_attention=Body.TRITON,
+        verify=Body.TRITON,
+        quantized_matmul=Body.TRITON,
+    ),
     # For the day when Pallas has no Triton backend, as far as it goes.
     "jax_triton": Kernels(paged_attention=Body.JAX_TRITON),
-    "tpu": Kernels(paged_attention=Body.TPU, two_stream_attention=Body.TPU, verify=Body.TPU),
+    "tpu": Kernels(paged_attention=Body.TPU, two_stream_attention=Body.TPU, verify=Body.TPU, quantized_matmul=Body.TPU),
 }
 BY_PLATFORM = {"cpu": "reference", "gpu": "triton", "tpu": "tpu"}
 

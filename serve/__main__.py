@@ -108,6 +108,9 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
+    quantization: Annotated[
+        Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits (one device).")
+    ] = None,
     kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
     coordinator: Annotated[
         str | None,
@@ -149,7 +152,7 @@ def serve(
         listen(host, port).close()
     keep_compiled(compilation_cache_dir)
     mesh = serving_mesh(tp_size)
-    lm = idlm_jax.load(model_path, dtype=dtype, adapter=adapter, kernels=kernels, mesh=mesh)
+    lm = idlm_jax.load(model_path, dtype=dtype, quantize=quantization, adapter=adapter, kernels=kernels, mesh=mesh)
     memory = max_total_tokens, mem_fraction_static, tp_size
     config = EngineConfig(
         method=method,

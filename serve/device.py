@@ -28,7 +28,7 @@ from idlm_jax.decoding.state import Counts, DecodeState, Finish, initial_state
 from idlm_jax.decoding.step import decode_window, prefill_chunk
 from idlm_jax.model.kv_cache import empty_cache
 from idlm_jax.model.language_model import LanguageModel
-from idlm_jax.model.transformer import Qwen3
+from idlm_jax.model.transformer import INFERENCE_OPTIONS, Qwen3
 from pallas_kernels.verify import Sampling
 from serve.config import EngineConfig
 from serve.grammar import mask_words
@@ -121,7 +121,7 @@ class Device:
             words = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
             masks = jax.ShapeDtypeStruct(self._mask_shape(kind, shape[0], choice), jnp.uint32, sharding=everywhere)
             shaped = (masks,) if self._takes_masks(level) else ()
-            step = jax.jit(program, donate_argnums=1, out_shardings=step_where)
+            step = jax.jit(program, donate_argnums=1, out_shardings=step_where, compiler_options=INFERENCE_OPTIONS)
             return step.lower(self._leaves, state, words, *shaped)
 
         windows: list[tuple[Kind, tuple[int, int], Draws, int]] = [

@@ -31,6 +31,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Requests per compiled loop.")] = 16,
     rounds: Annotated[int, typer.Option(help="Timed repetitions; the median counts.", min=1)] = 1,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "float32",
+    quantize: Annotated[
+        Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits.")
+    ] = None,
     kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
 ) -> None:
@@ -38,7 +41,7 @@ def evaluate(
 
     Exits with 1 if greedy ISD and AR differ in any token.
     """
-    lm = idlm_jax.load(model, dtype=dtype, adapter=adapter, kernels=kernels)
+    lm = idlm_jax.load(model, dtype=dtype, quantize=quantize, adapter=adapter, kernels=kernels)
     console = Console()
     means = heldout_means(lm, dataset, block_length=block_length)
     for name, value in means.items():
@@ -55,10 +58,13 @@ def evaluate(
         for seed in range(len(prompts))
     ]
     reports = compare_methods(lm, prompts, methods, params, batch_size=batch_size, rounds=rounds)
-    title = f"{len(prompts)} held-out prompts, {max_tokens} tokens each, temperature {temperature:g}, {dtype}"
+    title = (
+        f"{len(prompts)} held-out prompts, {max_tokens} tokens each, temperature {temperature:g}, {quantize or dtype}"
+    )
     console.print(method_table(title, reports, is_greedy=temperature == 0))
     if output:
-        record = {"model": model, "adapter": adapter and str(adapter), "heldout": means, "dtype": dtype}
+        record = {"model": model, "adapter": adapter and str(adapter), "heldout": means}
+        record |= {"dtype": dtype, "quantize": quantize}
         record |= {"temperature": temperature, "num_prompts": len(prompts), "max_tokens": max_tokens}
         output.write_text(json.dumps(record | {"methods": [_as_json(report) for report in reports]}, indent=2))
     if temperature == 0 and any(report.num_identical != len(prompts) for report in reports):

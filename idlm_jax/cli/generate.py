@@ -41,6 +41,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap each prompt as a user turn in the model's chat template.")] = False,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
+    quantize: Annotated[
+        Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits.")
+    ] = None,
     kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
     stream: Annotated[bool, typer.Option(help="Print text as it is committed (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per completion.")] = False,
@@ -50,7 +53,7 @@ def generate(
     Example: idlm generate assets/tiny-qwen3-py --adapter assets/tiny-qwen3-py-isd 'def main():'
     """
     texts = [sys.stdin.read()] if not prompts or prompts == ["-"] else prompts
-    lm = idlm_jax.load(model, dtype=dtype, adapter=adapter, kernels=kernels)
+    lm = idlm_jax.load(model, dtype=dtype, quantize=quantize, adapter=adapter, kernels=kernels)
     if chat:
         if lm.tokenizer is None or lm.tokenizer.chat_template is None:
             raise ValueError(f"--chat needs a chat template, and {model} has none")

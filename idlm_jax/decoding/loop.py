@@ -10,10 +10,15 @@ from jaxtyping import Array, Int
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.state import DecodeState
 from idlm_jax.decoding.step import decode_step, is_running, prefill
-from idlm_jax.model.transformer import Qwen3
+from idlm_jax.model.transformer import INFERENCE_OPTIONS, Qwen3
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "plan", "num_rows"), donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    static_argnames=("graph", "plan", "num_rows"),
+    donate_argnames="state",
+    compiler_options=INFERENCE_OPTIONS,
+)
 def run_prefill(
     graph: nnx.GraphDef[Qwen3], params: nnx.State, plan: StepPlan, state: DecodeState, num_rows: int
 ) -> DecodeState:
@@ -21,7 +26,9 @@ def run_prefill(
     return prefill(nnx.merge(graph, params), plan, state, num_rows)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "plan"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("graph", "plan"), donate_argnames="state", compiler_options=INFERENCE_OPTIONS
+)
 def run_loop(
     graph: nnx.GraphDef[Qwen3],
     params: nnx.State,

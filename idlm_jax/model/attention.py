@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from idlm_jax.array_types import Hidden, Keys, Queries, RowGate
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.kv_cache import POOL_SPEC, KVCache
-from idlm_jax.model.layers import Projection, RMSNorm, apply_rope
+from idlm_jax.model.layers import RMSNorm, apply_rope, make_projection
 from pallas_kernels.bodies import Kernels
 from pallas_kernels.paged_attention import paged_attention, write_pages
 
@@ -38,10 +38,10 @@ class Attention(nnx.Module):
         width = (config.hidden_size,)
         query_heads = (config.num_heads, config.head_dim)
         kv_heads = (config.num_kv_heads, config.head_dim)
-        self.q = Projection(width, query_heads, config, rngs=rngs)
-        self.k = Projection(width, kv_heads, config, rngs=rngs)
-        self.v = Projection(width, kv_heads, config, rngs=rngs)
-        self.o = Projection(query_heads, width, config, rngs=rngs)
+        self.q = make_projection(width, query_heads, config, rngs=rngs)
+        self.k = make_projection(width, kv_heads, config, rngs=rngs)
+        self.v = make_projection(width, kv_heads, config, rngs=rngs)
+        self.o = make_projection(query_heads, width, config, rngs=rngs)
         self.q_norm = RMSNorm(config.head_dim, config)
         self.k_norm = RMSNorm(config.head_dim, config)
 
@@ -54,10 +54,10 @@ class Attention(nnx.Module):
         carried: Any,
         lora_gate: RowGate | None,
     ) -> tuple[Hidden, Any]:
-        q = apply_rope(self.q_norm(self.q(x, lora_gate)), rope)
-        k = apply_rope(self.k_norm(self.k(x, lora_gate)), rope)
-        mixed, carried = attend(q, k, self.v(x, lora_gate), layer, carried)
-        return self.o(mixed, lora_gate), carried
+        q = apply_rope(self.q_norm(self.q(x, lora_gate, layer)), rope)
+        k = apply_rope(self.k_norm(self.k(x, lora_gate, layer)), rope)
+        mixed, carried = attend(q, k, self.v(x, lora_gate, layer), layer, carried)
+        return self.o(mixed, lora_gate, layer), carried
 
 
 def attention_scores(q: Queries, k: Float[Array, "B S K H"]) -> Float[Array, "B K G T S"]:

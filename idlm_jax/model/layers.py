@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from idlm_jax.array_types import Hidden, RowGate
 from idlm_jax.config import ModelConfig
-from pallas_kernels.gated_lora import gated_lora
+from pallas_kernels.gated_lora import gated_update
+from pallas_kernels.quantized_matmul import VALUE_DTYPES, QuantizedWeight, quantized_matmul
 
 
 class RMSNorm(nnx.Module):
@@ -27,7 +28,7 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """y = einsum(x, kernel), with an optional low-rank update on gated rows (`gated_lora`).
+    """y = einsum(x, kernel), with an optional low-rank update on gated rows (`pallas_kernels.gated_lora`).
 
     A row whose gate is off has the base model's output bit for bit. Both factors are 2-D, as PEFT stores them.
     """
@@ -36,8 +37,7 @@ class Projection(nnx.Module):
         """Kernel of shape [*in_shape, *out_shape], drawn from a normal of variance 1 / fan-in."""
         self.in_shape, self.out_shape, self.compute_dtype = in_shape, out_shape, config.compute_dtype
         fan_in = math.prod(in_shape)
-        normal = jax.nn.initializers.normal(fan_in**-0.5)
-        self.kernel = nnx.Param(normal(rngs.params(), (*in_shape, *out_shape), jnp.dtype(config.param_dtype)))
+        self._init_weight(config, rngs)
         self.lora_scale = config.lora.scale if config.lora else 0.0
         if config.lora:
             # A as in PEFT (Kaiming uniform with a = sqrt(5)), B zero: a new adapter changes nothing.
@@ -53,7 +53,9 @@ class Projection(nnx.Module):
             )
             self.lora_b = nnx.LoRAParam(jnp.zeros((config.lora.rank, math.prod(out_shape)), config.param_dtype))
 
-    def __call__(self, x: Float[Array, "B T ..."], gate: RowGate | None) -> Float[Array, "B T ..."]:
+    def __call__(
+        self, x: Float[Array, "B T ..."], gate: RowGate | None, layer: Int[Array, ""]
+    ) -> Float[Array, "B T ..."]:
         batch, rows = x.shape[:2]
         dtype = self.compute_dtype
         # One axis of rows: on a CPU a row's product then has the same bits in windows of every width tried. Over a mesh
@@ -61,13 +63,58 @@ class Projection(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         row_shape = (batch, rows) if not mesh.empty and mesh.size > 1 else (batch * rows,)
         flat = x.astype(dtype).reshape(*row_shape, -1)
-        kernel = self.kernel[...].astype(dtype).reshape(flat.shape[-1], -1)
+        y = self._base_product(flat, layer)
         if self.lora_scale and gate is not None:
             lora_a, lora_b = self.lora_a[...].astype(dtype), self.lora_b[...].astype(dtype)
-            y = gated_lora(flat, kernel, lora_a, lora_b, gate.reshape(row_shape), self.lora_scale)
-        else:
-            y = flat @ kernel
+            y = y + gated_update(flat, lora_a, lora_b, gate.reshape(row_shape), self.lora_scale)
         return y.reshape(batch, rows, *self.out_shape)
+
+    def _init_weight(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        normal = jax.nn.initializers.normal(math.prod(self.in_shape) ** -0.5)
+        shape = (*self.in_shape, *self.out_shape)
+        self.kernel = nnx.Param(normal(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+
+    def _base_product(self, flat: Float[Array, "*M D"], layer: Int[Array, ""]) -> Float[Array, "*M F"]:
+        del layer  # the scan over layers has sliced the kernel
+        return flat @ self.kernel[...].astype(flat.dtype).reshape(flat.shape[-1], -1)
+
+
+class LayerStack(nnx.Param):
+    """A parameter that the scan over layers hands to every layer whole, with the layer's number.
+
+    A kernel reads its layer's part where it lies; of a slice, XLA would make a copy first (docs/decisions/0005).
+    """
+
+
+class QuantizedProjection(Projection):
+    """A `Projection` whose weight is held in 8 bits with one scale per output column; for inference.
+
+    It works inside the scan over layers only, where its two parameters are those of all layers.
+
+    The adapter's factors stay in the parameter dtype, and its update is added to the product of the 8-bit weight: a row
+    whose gate is off has the bits of the quantised base model.
+    """
+
+    def _init_weight(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        """Zeros: an 8-bit weight is made from another (`pallas_kernels.quantized_matmul.quantize`), never drawn."""
+        assert config.quantize is not None
+        width, columns = math.prod(self.in_shape), math.prod(self.out_shape)
+        self.values = LayerStack(jnp.zeros((width, columns), VALUE_DTYPES[config.quantize]))
+        self.scale = LayerStack(jnp.ones(columns, jnp.float32))
+        self.body, self.interpret = config.kernels.quantized_matmul, config.kernels.interpret
+
+    def _base_product(self, flat: Float[Array, "*M D"], layer: Int[Array, ""]) -> Float[Array, "*M F"]:
+        rows, weight = flat.reshape(-1, flat.shape[-1]), QuantizedWeight(self.values[...], self.scale[...])
+        y = quantized_matmul(rows, weight, layer, body=self.body, interpret=self.interpret)
+        return y.reshape(*flat.shape[:-1], -1)
+
+
+def make_projection(
+    in_shape: tuple[int, ...], out_shape: tuple[int, ...], config: ModelConfig, *, rngs: nnx.Rngs
+) -> Projection:
+    """The kind that the config asks for."""
+    kind = Projection if config.quantize is None else QuantizedProjection
+    return kind(in_shape, out_shape, config, rngs=rngs)
 
 
 class GatedMlp(nnx.Module):
@@ -75,12 +122,13 @@ class GatedMlp(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width, inner = (config.hidden_size,), (config.mlp_size,)
-        self.gate = Projection(width, inner, config, rngs=rngs)
-        self.up = Projection(width, inner, config, rngs=rngs)
-        self.down = Projection(inner, width, config, rngs=rngs)
+        self.gate = make_projection(width, inner, config, rngs=rngs)
+        self.up = make_projection(width, inner, config, rngs=rngs)
+        self.down = make_projection(inner, width, config, rngs=rngs)
 
-    def __call__(self, x: Hidden, lora_gate: RowGate | None) -> Hidden:
-        return self.down(jax.nn.silu(self.gate(x, lora_gate)) * self.up(x, lora_gate), lora_gate)
+    def __call__(self, x: Hidden, lora_gate: RowGate | None, layer: Int[Array, ""]) -> Hidden:
+        inner = jax.nn.silu(self.gate(x, lora_gate, layer)) * self.up(x, lora_gate, layer)
+        return self.down(inner, lora_gate, layer)
 
 
 def rope_tables(

@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int
 from idlm_jax.array_types import Hidden, Logits, Positions, RowGate, Tokens
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.attention import Attend, Attention, RopeTables, causal_attend
-from idlm_jax.model.layers import GatedMlp, RMSNorm, rope_tables
+from idlm_jax.model.layers import GatedMlp, LayerStack, RMSNorm, rope_tables
 from pallas_kernels.two_stream_attention import SAVED
 
 # Axis letters of every parameter, one entry per array; weight names and sharding rules are both derived from it.
+# Weights in 8 bits: QUANTIZED_AXES.
 PARAM_AXES: dict[tuple[str, ...], str] = {
     ("embedding",): "VD",
     ("blocks", "attention_norm", "weight"): "LD",
@@ -34,6 +35,28 @@ PARAM_AXES: dict[tuple[str, ...], str] = {
     ("final_norm", "weight"): "D",
     ("head",): "VD",
 }
+
+
+def output_axes(axes: str) -> str:
+    """Letters that a projection writes: linear maps read or write the model width, so DNH maps D to NH, NHD NH to D."""
+    return axes[1:] if axes[0] == "D" else axes[-1]
+
+
+# What stands in place of a kernel in a model with 8-bit weights: its values, and a scale per output column. Inputs and
+# outputs are one axis each, which goes by its first letter: on TPU, merging axes of a stack would write it anew.
+QUANTIZED_AXES: dict[tuple[str, ...], str] = {
+    (*path[:-1], part): part_axes
+    for path, axes in PARAM_AXES.items()
+    if path[-1] == "kernel"
+    for output in (output_axes(axes[1:])[0],)
+    for part, part_axes in (("values", f"L{axes[1]}{output}"), ("scale", f"L{output}"))
+}
+
+# For programs that run the model without a gradient, on any platform; only XLA:GPU reads them. With its own defaults it
+# copies every layer's weights out of their stacks before it multiplies by them (docs/decisions/0005): products of
+# Triton's take no slice, and products of one input are merged by writing their weights side by side. cuBLAS is handed
+# the address of the slice instead.
+INFERENCE_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 class Block(nnx.Module):
@@ -56,7 +79,7 @@ class Block(nnx.Module):
     ) -> tuple[Hidden, Any]:
         mixed, carried = self.attention(self.attention_norm(x), rope, attend, layer, carried, lora_gate)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x), lora_gate), carried
+        return x + self.mlp(self.mlp_norm(x), lora_gate, layer), carried
 
 
 class Qwen3(nnx.Module):
@@ -102,14 +125,14 @@ class Qwen3(nnx.Module):
         """
         config = self.config
         rope = rope_tables(positions, config.head_dim, config.rope_theta)
-        graph, stacked = nnx.split(self.blocks)
+        graph, whole, sliced = nnx.split(self.blocks, LayerStack, ...)
 
         def layer(
             state: tuple[Hidden, Any], inputs: tuple[nnx.State, Int[Array, ""]]
         ) -> tuple[tuple[Hidden, Any], None]:
             params, number = inputs
             x, carried = state
-            return nnx.merge(graph, params)(x, rope, attend, number, carried, lora_gate), None
+            return nnx.merge(graph, params, whole)(x, rope, attend, number, carried, lora_gate), None
 
         if config.remat != "none":
             policies = jax.checkpoint_policies
@@ -121,7 +144,7 @@ class Qwen3(nnx.Module):
             layer = jax.checkpoint(layer, policy=keep)
         x = self.embedding[...][tokens].astype(config.compute)
         numbers = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x, carried), _ = jax.lax.scan(layer, (x, carried), (stacked, numbers), unroll=config.scan_unroll)
+        (x, carried), _ = jax.lax.scan(layer, (x, carried), (sliced, numbers), unroll=config.scan_unroll)
         return self.final_norm(x), carried
 
     def head_weight(self) -> Float[Array, "V D"]:

@@ -53,11 +53,16 @@ def export_hf(
         ValueError: `max_shard_bytes` is not positive.
         FileExistsError: the folder is not empty and `overwrite` is False, or it holds no earlier export.
         OSError: the disk is full or not writable; nothing is left behind.
-        NotImplementedError: parameters are spread over several processes.
+        NotImplementedError: weights are held in 8 bits, or parameters are spread over several processes.
     """
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be positive")
     config = lm.config
+    if config.quantize is not None:
+        raise NotImplementedError(
+            f"the model was loaded with quantize={config.quantize!r}, which keeps no weight as it was: load it "
+            "without, and export that"
+        )
     dtype = dtype or config.param_dtype
     shards = list(plan_shards(base_tensors(config), max_shard_bytes, jnp.dtype(dtype).itemsize))
     with atomic_folder(folder, overwrite=overwrite, marker="config.json") as partial:

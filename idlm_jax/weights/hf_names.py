@@ -10,7 +10,7 @@ import math
 from jaxtyping import Array, Float
 
 from idlm_jax.config import ModelConfig
-from idlm_jax.model.transformer import PARAM_AXES
+from idlm_jax.model.transformer import PARAM_AXES, output_axes
 
 # Parameter path -> Hugging Face module; every tensor is the ".weight" of its module.
 HF_MODULES: dict[tuple[str, ...], str] = {
@@ -97,8 +97,7 @@ def base_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
             layer=layer,
             axes=axes,
             shape=tuple(sizes[letter] for letter in axes),
-            # Linear maps read or write the model width: "DNH" maps D to NH, "NHD" maps NH to D.
-            num_inputs=0 if not is_linear else 1 if axes[0] == "D" else len(axes) - 1,
+            num_inputs=len(axes) - len(output_axes(axes)) if is_linear else 0,
         )
 
     in_blocks = [path for path in HF_MODULES if path[0] == "blocks"]

@@ -16,7 +16,8 @@ from idlm_jax.weights.adapter import load_adapter
 from idlm_jax.weights.assemble import build_state, read_params
 from idlm_jax.weights.checkpoint import open_checkpoint
 from idlm_jax.weights.hf_names import TIED_ALIASES, base_tensors
-from pallas_kernels.bodies import choose_kernels
+from pallas_kernels.bodies import Body, choose_kernels
+from pallas_kernels.quantized_matmul import VALUE_DTYPES, Form
 
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -26,6 +27,7 @@ def load(
     path: str | Path,
     *,
     dtype: DType = "bfloat16",
+    quantize: Form | None = None,
     adapter: str | Path | None = None,
     mesh: Mesh | None = None,
     mask_token_id: int | None = None,
@@ -38,6 +40,8 @@ def load(
     Args:
         path: local folder, or a hub id, which is fetched into the local hub cache.
         dtype: dtype of parameters and compute; tensors are cast on the device.
+        quantize: "int8" or "fp8" holds the projections of the blocks in 8 bits, quantised as they are read: for
+            decoding and evaluation, not for training or export.
         adapter: folder or hub id of a gated adapter written by `export_adapter`.
         mesh: mesh with axes "fsdp" and "tensor" (either may be absent), all Auto; None for the default
             device.
@@ -56,13 +60,25 @@ def load(
         WeightsError: lists every tensor that is missing, unexpected, duplicate, mis-shaped or not a float,
             and every unreadable file.
         ValueError: `config.json` or the adapter does not describe a model that this project computes, or
-            `kernels` is unknown.
-        NotImplementedError: the checkpoint uses a feature outside dense Qwen3.
+            `kernels` or `quantize` is unknown.
+        NotImplementedError: the checkpoint uses a feature outside dense Qwen3, or 8-bit weights are to be cut over a
+            mesh by a kernel that works on one device.
     """
+    if quantize not in (None, *VALUE_DTYPES):
+        raise ValueError(f"quantize={quantize!r} is not one of {[None, *VALUE_DTYPES]}")
     folder = _local_folder(path)
     hf_config = _read_json(folder / "config.json")
     config = from_hf_config(hf_config, dtype=dtype, mask_token_id=mask_token_id)
-    config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(folder, config), kernels=choose_kernels(kernels))
+    config = dataclasses.replace(
+        config, quantize=quantize, eos_token_ids=_eos_token_ids(folder, config), kernels=choose_kernels(kernels)
+    )
+    body = config.kernels.quantized_matmul
+    if quantize is not None and mesh is not None and mesh.size > 1 and body is not Body.REFERENCE:
+        # XLA cuts plain products, but not kernels.
+        raise NotImplementedError(
+            f"quantize={quantize!r} over {mesh.size} devices needs a body of quantized_matmul that XLA can cut, and "
+            f'{body.value} is a kernel for one: load without quantize, or with kernels="reference"'
+        )
     specs, checkpoint = base_tensors(config), open_checkpoint(folder)
     checkpoint.check(specs, aliases=TIED_ALIASES if config.tie_embeddings else None)
     graph, params = build_state(config, read_params(checkpoint, specs, config, mesh))

@@ -18,7 +18,7 @@ def gated_lora(
     gate: Bool[Array, "*M"],
     scale: float,
 ) -> Float[Array, "*M F"]:
-    """Adds a low-rank update to the rows whose gate is on.
+    """The product with a base weight, and a low-rank update on the rows whose gate is on.
 
     out[m] = x[m] kernel + scale * (gate[m] * (x[m] A)) B
 
@@ -45,16 +45,37 @@ def gated_lora(
     """
     if x.ndim < 2 or kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
         raise ValueError(f"{kernel.shape=}, but {x.shape=} needs [D, F] with the D of [..., D]")
-    width, columns = kernel.shape
-    rank = lora_a.shape[-1]
+    if kernel.dtype != x.dtype:
+        raise TypeError(f"kernel.dtype={kernel.dtype}, but all arrays need one floating dtype, {x.dtype=}")
+    _check(x, lora_a, lora_b, gate, kernel.shape[1])
+    return x @ kernel + _update(x, lora_a, lora_b, gate, scale)
+
+
+def gated_update(
+    x: Float[Array, "*M D"],
+    lora_a: Float[Array, "D r"],
+    lora_b: Float[Array, "r F"],
+    gate: Bool[Array, "*M"],
+    scale: float,
+) -> Float[Array, "*M F"]:
+    """What `gated_lora` adds, for a base product that is made elsewhere; same arguments and errors."""
+    _check(x, lora_a, lora_b, gate, lora_b.shape[-1])
+    return _update(x, lora_a, lora_b, gate, scale)
+
+
+def _update(x: Array, lora_a: Array, lora_b: Array, gate: Array, scale: float) -> Array:
+    shrunk = jnp.where(gate[..., None], x @ lora_a, 0)
+    return scale * (shrunk @ lora_b)
+
+
+def _check(x: Array, lora_a: Array, lora_b: Array, gate: Array, columns: int) -> None:
+    width, rank = x.shape[-1], lora_a.shape[-1]
     if lora_a.shape != (width, rank) or lora_b.shape != (rank, columns):
-        raise ValueError(f"{lora_a.shape=} and {lora_b.shape=}, but {kernel.shape=} needs [{width}, r], [r, {columns}]")
+        raise ValueError(f"{lora_a.shape=} and {lora_b.shape=}, but {x.shape=} needs [{width}, r], [r, {columns}]")
     if gate.shape != x.shape[:-1]:
         raise ValueError(f"{gate.shape=}, but {x.shape=} needs {x.shape[:-1]}")
-    for name, array in {"kernel": kernel, "lora_a": lora_a, "lora_b": lora_b}.items():
+    for name, array in {"lora_a": lora_a, "lora_b": lora_b}.items():
         if array.dtype != x.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name}.dtype={array.dtype}, but all arrays need one floating dtype, {x.dtype=}")
     if gate.dtype != jnp.bool_:
         raise TypeError(f"{gate.dtype=} must be bool")
-    shrunk = jnp.where(gate[..., None], x @ lora_a, 0)
-    return x @ kernel + scale * (shrunk @ lora_b)

@@ -1,23 +1,40 @@
 """Product with a weight held in 8 bits, scaled per output column: the contract of the op."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bodies import Body, refuse
 from pallas_kernels.quantized_matmul import reference, tpu, triton
 from pallas_kernels.quantized_matmul.tiles import TpuTiles, TritonTiles
-from pallas_kernels.quantized_matmul.weights import QuantizedWeight, quantize_fp8, quantize_int8
+from pallas_kernels.quantized_matmul.weights import (
+    VALUE_DTYPES,
+    Form,
+    QuantizedWeight,
+    quantize,
+    quantize_fp8,
+    quantize_int8,
+)
 
-__all__ = ["QuantizedWeight", "TpuTiles", "TritonTiles", "quantize_fp8", "quantize_int8", "quantized_matmul"]
+__all__ = [
+    "VALUE_DTYPES",
+    "Form",
+    "QuantizedWeight",
+    "TpuTiles",
+    "TritonTiles",
+    "quantize",
+    "quantize_fp8",
+    "quantize_int8",
+    "quantized_matmul",
+]
 
 BODIES = (Body.REFERENCE, Body.TRITON, Body.TPU)
 INPUT_DTYPES = (jnp.bfloat16, jnp.float32)
-VALUE_DTYPES = (jnp.int8, jnp.float8_e4m3fn)
 
 
 def quantized_matmul(
     x: Float[Array, "M D"],
     weight: QuantizedWeight,
+    layer: Int[Array, ""] | None = None,
     *,
     body: Body = Body.REFERENCE,
     interpret: bool = False,
@@ -35,7 +52,9 @@ def quantized_matmul(
 
     Args:
         x: rows, bfloat16 or float32; M may be 0.
-        weight: from `quantize_int8` or `quantize_fp8`.
+        weight: from `quantize_int8` or `quantize_fp8`; or a stack of them, [L, D, F] and [L, F], of which a kernel
+            reads the one asked for where it lies. XLA would copy it out of the stack first.
+        layer: which one of a stack, in [0, L); None for a single weight.
         body: which implementation runs.
         interpret: run a Pallas body in its interpreter; for tests.
         tiles: tile sizes of the chosen Pallas body; measured or default ones when None.
@@ -51,13 +70,15 @@ def quantized_matmul(
     For inference: the Pallas bodies have no gradient.
     """
     values, scale = weight
-    if x.ndim != 2 or values.ndim != 2 or values.shape[0] != x.shape[1]:
-        raise ValueError(f"{values.shape=}, but {x.shape=} needs [D, F] with the D of [M, D]")
-    if scale.shape != (values.shape[1],):
-        raise ValueError(f"{scale.shape=}, but {values.shape=} needs ({values.shape[1]},)")
+    stack = () if layer is None else values.shape[:1]
+    if x.ndim != 2 or values.shape[:-1] != (*stack, x.shape[1]):
+        wanted = "[D, F]" if layer is None else "[L, D, F], for a layer is given,"
+        raise ValueError(f"{values.shape=}, but {x.shape=} needs {wanted} with the D of [M, D]")
+    if scale.shape != (*stack, values.shape[-1]):
+        raise ValueError(f"{scale.shape=}, but {values.shape=} needs {(*stack, values.shape[-1])}")
     if x.dtype not in INPUT_DTYPES:
         raise TypeError(f"{x.dtype=} is neither bfloat16 nor float32")
-    if values.dtype not in VALUE_DTYPES:
+    if values.dtype not in VALUE_DTYPES.values():
         raise TypeError(f"{values.dtype=} is neither int8 nor float8_e4m3fn")
     if scale.dtype != jnp.float32:
         raise TypeError(f"{scale.dtype=} must be float32")
@@ -66,12 +87,12 @@ def quantized_matmul(
         raise ValueError(f"{tiles=} is not for the {body.value} body")
     match body:
         case Body.REFERENCE:
-            return reference.quantized_matmul(x, weight)
+            return reference.quantized_matmul(x, weight, layer)
         case Body.TRITON:
             assert tiles is None or isinstance(tiles, TritonTiles)
-            return triton.quantized_matmul(x, weight, tiles=tiles, interpret=interpret)
+            return triton.quantized_matmul(x, weight, layer, tiles=tiles, interpret=interpret)
         case Body.TPU:
             assert tiles is None or isinstance(tiles, TpuTiles)
-            return tpu.quantized_matmul(x, weight, tiles=tiles, interpret=interpret)
+            return tpu.quantized_matmul(x, weight, layer, tiles=tiles, interpret=interpret)
         case _:
             raise refuse("quantized_matmul", body, "does not exist", BODIES)

@@ -5,6 +5,8 @@ Grid (row tiles, column tiles, D tiles), D innermost. A step multiplies one tile
 which the last step scales and writes. VMEM: two buffers each of weight, x and output tile, the accumulator and the
 converted tile: about 6 MiB with the default tiles and 64 rows of bfloat16.
 
+The weight is one of a stack, whose number is prefetched and picks the blocks: no layer is copied out of it.
+
 Any M, D and F: rows are padded to a multiple of 16, what lies past D is masked, what lies past F is not written.
 The order of summation does not depend on M.
 """
@@ -15,22 +17,28 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bodies import device_kind
 from pallas_kernels.quantized_matmul.maths import finish, tile_product
 from pallas_kernels.quantized_matmul.tiles import TpuTiles, tpu_tiles
-from pallas_kernels.quantized_matmul.weights import QuantizedWeight
+from pallas_kernels.quantized_matmul.weights import QuantizedWeight, as_stack
 from pallas_kernels.tpu_interpreter import interpreter
 
 ROW_MULTIPLE = 16  # rows of one packed register of bfloat16
 
 
 def quantized_matmul(
-    x: Float[Array, "M D"], weight: QuantizedWeight, *, tiles: TpuTiles | None, interpret: bool
+    x: Float[Array, "M D"],
+    weight: QuantizedWeight,
+    layer: Int[Array, ""] | None,
+    *,
+    tiles: TpuTiles | None,
+    interpret: bool,
 ) -> Float[Array, "M F"]:
     """The op as its contract states it; see the package for arguments and rules."""
-    (num_rows, width), num_columns = x.shape, weight.values.shape[1]
+    weight, layer = as_stack(weight, layer)
+    (num_rows, width), num_columns = x.shape, weight.values.shape[2]
     if 0 in (num_rows, width, num_columns):
         return jnp.zeros((num_rows, num_columns), x.dtype)
     tiles = tiles or tpu_tiles(device_kind(), (width, num_columns))
@@ -40,23 +48,27 @@ def quantized_matmul(
     padded_rows = pl.cdiv(num_rows, rows) * rows
     out = pl.pallas_call(
         functools.partial(_multiply, width=width),
-        grid=(padded_rows // rows, pl.cdiv(num_columns, columns), pl.cdiv(width, depth)),
-        in_specs=[
-            pl.BlockSpec((rows, depth), lambda m, f, d: (m, d)),
-            pl.BlockSpec((depth, columns), lambda m, f, d: (d, f)),
-            pl.BlockSpec((1, columns), lambda m, f, d: (0, f)),
-        ],
-        out_specs=pl.BlockSpec((rows, columns), lambda m, f, d: (m, f)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(padded_rows // rows, pl.cdiv(num_columns, columns), pl.cdiv(width, depth)),
+            in_specs=[
+                pl.BlockSpec((rows, depth), lambda m, f, d, layer: (m, d)),
+                pl.BlockSpec((None, depth, columns), lambda m, f, d, layer: (layer[0], d, f)),
+                pl.BlockSpec((None, 1, columns), lambda m, f, d, layer: (layer[0], 0, f)),
+            ],
+            out_specs=pl.BlockSpec((rows, columns), lambda m, f, d, layer: (m, f)),
+            scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
+        ),
         out_shape=jax.ShapeDtypeStruct((padded_rows, num_columns), x.dtype),
-        scratch_shapes=[pltpu.VMEM((rows, columns), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpreter(interpret),
         name="quantized_matmul",
-    )(jnp.pad(x, ((0, padded_rows - num_rows), (0, 0))), weight.values, weight.scale[None, :])
+    )(layer.reshape(1), jnp.pad(x, ((0, padded_rows - num_rows), (0, 0))), weight.values, weight.scale[:, None])
     return out[:num_rows]
 
 
-def _multiply(x_ref, values_ref, scale_ref, out_ref, sums_ref, *, width: int) -> None:
+def _multiply(layer_ref, x_ref, values_ref, scale_ref, out_ref, sums_ref, *, width: int) -> None:
+    del layer_ref  # the blocks were picked by it
     number, depth = pl.program_id(2), x_ref.shape[1]
 
     @pl.when(number == 0)

@@ -9,6 +9,9 @@ Rows come in groups of 16 whatever M is, and nothing splits D. So every row is s
 same order, and its bits depend neither on M nor on its neighbours. A wider tile of rows would use other tensor-core
 instructions.
 
+The weight is one of a stack, which the program is told by number: no layer is copied out of it. An exception are stacks
+of 2 to 4 GiB (the MLP of Qwen3-14B): Pallas-Triton counts bytes in 32 bits up to 2^32, and Triton reads that as signed.
+
 Any M, D and F: edges are masked. Many more than 64 rows re-read the weight per block of 64 and are better served by a
 plain product of the dequantised weight.
 """
@@ -19,22 +22,32 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bodies import device_kind
 from pallas_kernels.quantized_matmul.maths import finish, tile_product
 from pallas_kernels.quantized_matmul.tiles import TritonTiles, triton_tiles
-from pallas_kernels.quantized_matmul.weights import QuantizedWeight
+from pallas_kernels.quantized_matmul.weights import QuantizedWeight, as_stack, layer_of
 
+# jax/_src/pallas/triton/lowering.py, `_compute_offsets_from_indices`: 64-bit offsets above this many bytes.
+WIDE_OFFSETS = 2**32
 GROUP_ROWS = 16  # the least a tensor core takes
 MAX_GROUPS = 4
 
 
 def quantized_matmul(
-    x: Float[Array, "M D"], weight: QuantizedWeight, *, tiles: TritonTiles | None, interpret: bool
+    x: Float[Array, "M D"],
+    weight: QuantizedWeight,
+    layer: Int[Array, ""] | None,
+    *,
+    tiles: TritonTiles | None,
+    interpret: bool,
 ) -> Float[Array, "M F"]:
     """The op as its contract states it; see the package for arguments and rules."""
-    (num_rows, width), num_columns = x.shape, weight.values.shape[1]
+    if layer is not None and 2**31 < weight.values.size <= WIDE_OFFSETS:
+        weight, layer = layer_of(weight, layer), None
+    weight, layer = as_stack(weight, layer)
+    (num_rows, width), num_columns = x.shape, weight.values.shape[2]
     if 0 in (num_rows, width, num_columns):
         return jnp.zeros((num_rows, num_columns), x.dtype)
     tiles = tiles or triton_tiles(device_kind(), (width, num_columns))
@@ -50,12 +63,13 @@ def quantized_matmul(
         compiler_params=pltriton.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="quantized_matmul",
-    )(jnp.pad(x, ((0, padded_rows - num_rows), (0, 0))), weight.values, weight.scale)
+    )(layer.reshape(1), jnp.pad(x, ((0, padded_rows - num_rows), (0, 0))), weight.values, weight.scale)
     return out[:num_rows]
 
 
-def _multiply(x_ref, values_ref, scale_ref, out_ref, *, num_groups: int, columns: int, depth: int) -> None:
-    width, num_columns = values_ref.shape
+def _multiply(layer_ref, x_ref, values_ref, scale_ref, out_ref, *, num_groups: int, columns: int, depth: int) -> None:
+    _, width, num_columns = values_ref.shape
+    layer = layer_ref[0]
     first_column = pl.program_id(0) * columns
     first_row = pl.program_id(1) * num_groups * GROUP_ROWS
     own_columns = pl.ds(first_column, columns)
@@ -73,13 +87,13 @@ def _multiply(x_ref, values_ref, scale_ref, out_ref, *, num_groups: int, columns
         if has_ragged_columns:  # for memory's sake: what lies past F reaches no column that is stored
             in_columns = jnp.broadcast_to(is_column, (depth, columns))
             is_values = in_columns if is_values is None else is_values & in_columns
-        values = _load(values_ref.at[own_depth, own_columns], is_values)
+        values = _load(values_ref.at[layer, own_depth, own_columns], is_values)
         tiles = (_load(x_ref.at[rows, own_depth], is_x) for rows in groups)
         return tuple(total + tile_product(x, values) for total, x in zip(sums, tiles, strict=True))
 
     zeros = (jnp.zeros((GROUP_ROWS, columns), jnp.float32),) * num_groups
     sums = jax.lax.fori_loop(0, pl.cdiv(width, depth), step, zeros)
-    scale = pltriton.load(scale_ref.at[own_columns], mask=is_column.reshape(columns), other=0.0)
+    scale = pltriton.load(scale_ref.at[layer, own_columns], mask=is_column.reshape(columns), other=0.0)
     out_mask = jnp.broadcast_to(is_column, (GROUP_ROWS, columns)) if has_ragged_columns else None
     for rows, total in zip(groups, sums, strict=True):
         out = finish(total, scale.reshape(1, columns), out_ref.dtype)

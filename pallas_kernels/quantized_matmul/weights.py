@@ -1,24 +1,46 @@
 """A weight in 8 bits with one scale per output column, and how it is made."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int8
+from jaxtyping import Array, Float, Float8e4m3fn, Float32, Int, Int8
+
+# What a weight is held in. "fp8" is float8_e4m3fn.
+Form = Literal["int8", "fp8"]
+VALUE_DTYPES: dict[Form, jnp.dtype] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
 
 INT8_MAX = 127.0
 FP8_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)  # 448; beyond it e4m3fn has NaN, not infinity
 
 
 class QuantizedWeight(NamedTuple):
-    """weight[d, f] = values[d, f] * scale[f].
+    """weight[d, f] = values[d, f] * scale[f], or the weights of several layers, one behind the other.
 
     Attributes:
-        values: int8 in [-127, 127], or float8_e4m3fn, [D, F].
-        scale: positive, [F].
+        values: int8 in [-127, 127], or float8_e4m3fn, [D, F] or [L, D, F].
+        scale: positive, [F] or [L, F].
     """
 
-    values: Int8[Array, "D F"] | Float8e4m3fn[Array, "D F"]
-    scale: Float32[Array, " F"]
+    values: Int8[Array, "*L D F"] | Float8e4m3fn[Array, "*L D F"]
+    scale: Float32[Array, "*L F"]
+
+
+def layer_of(stack: QuantizedWeight, layer: Int[Array, ""]) -> QuantizedWeight:
+    """One weight of a stack; XLA may copy it."""
+    return QuantizedWeight(*(jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False) for part in stack))
+
+
+def as_stack(weight: QuantizedWeight, layer: Int[Array, ""] | None) -> tuple[QuantizedWeight, Int[Array, ""]]:
+    """A single weight as a stack of one; a stack as it is."""
+    if layer is not None:
+        return weight, layer
+    return QuantizedWeight(*(part[None] for part in weight)), jnp.int32(0)
+
+
+def quantize(weight: Float[Array, "D F"], form: Form) -> QuantizedWeight:
+    """`quantize_int8` or `quantize_fp8`, by name."""
+    return quantize_int8(weight) if form == "int8" else quantize_fp8(weight)
 
 
 def quantize_int8(weight: Float[Array, "D F"]) -> QuantizedWeight:

@@ -184,7 +184,12 @@ def make_app(engine: Engine, lm: LanguageModel, engine_config: EngineConfig, con
         method = {"name": type(engine_config.method).__name__, "stride": engine_config.stride}
         method |= {"menu": [method_name(each) for each in engine_config.method.menu]}
         info = {"model_path": config.model_path, "served_model_name": config.model, "method": method}
-        info |= {"device": jax.devices()[0].device_kind, "dtype": lm.config.compute_dtype, "jax": jax.__version__}
+        info |= {
+            "device": jax.devices()[0].device_kind,
+            "dtype": lm.config.compute_dtype,
+            "quantization": lm.config.quantize,
+            "jax": jax.__version__,
+        }
         sizes = {"max_running_requests": limits.num_slots, "max_queued_requests": limits.max_queued}
         sizes |= {"context_length": engine.longest_request, "num_pages": limits.num_pages}
         return info | sizes | {"internal_states": [state], "stats": counts}

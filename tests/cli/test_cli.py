@@ -33,6 +33,14 @@ def test_generate_prints_one_json_object_per_prompt(folder, monkeypatch, capsys)
     assert all(len(record["token_ids"]) == 5 for record in records)
 
 
+def test_generate_holds_weights_in_8_bits_where_asked(folder, monkeypatch, capsys):
+    arguments = ("abc", "--max-tokens", 5, "--dtype", "float32", "--quantize", "int8", "--json")
+    assert run(monkeypatch, "generate", folder, *arguments) == 0
+    lm = idlm_jax.load(folder, dtype="float32", quantize="int8")
+    wanted = idlm_jax.generate(lm, ["abc"], idlm_jax.AR(), idlm_jax.SamplingParams(max_tokens=5))
+    assert json.loads(capsys.readouterr().out)["token_ids"] == wanted[0].token_ids
+
+
 def test_streaming_prints_the_same_text_as_json(folder, monkeypatch, capsys):
     options = ["abc", "--max-tokens", 8, "--dtype", "float32"]
     run(monkeypatch, "generate", folder, *options, "--json")

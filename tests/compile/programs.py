@@ -16,8 +16,9 @@ from idlm_jax.decoding.state import DecodeState, initial_state
 from idlm_jax.decoding.step import decode_step
 from idlm_jax.deviceless import compile_for, on_mesh
 from idlm_jax.model.kv_cache import PAGE_SIZE, KVCache
-from idlm_jax.model.transformer import Qwen3
+from idlm_jax.model.transformer import INFERENCE_OPTIONS, Qwen3
 from pallas_kernels.bodies import BY_NAME
+from pallas_kernels.quantized_matmul import Form
 from pallas_kernels.verify import Sampling
 from tests.support.released import QWEN3_8B
 
@@ -40,10 +41,18 @@ def decode_state(config: ModelConfig, plan: StepPlan, batch: int, capacity: int,
 
 
 def compile_decode_step(
-    mesh: Mesh, *, kernels: str, batch: int, capacity: int = 32_768, pool_tokens: int, num_masks: int = 3
+    mesh: Mesh,
+    *,
+    kernels: str,
+    batch: int,
+    capacity: int = 32_768,
+    pool_tokens: int,
+    num_masks: int = 3,
+    quantize: Form | None = None,
+    dump: str | None = None,
 ) -> tuple[Compiled, DecodeState]:
-    """One donated forward of a running batch of Qwen3-8B on one device."""
-    config = dataclasses.replace(QWEN3_8B, kernels=BY_NAME[kernels])
+    """One donated forward of a running batch of Qwen3-8B on one device; `dump` as in `compile_for`."""
+    config = dataclasses.replace(QWEN3_8B, kernels=BY_NAME[kernels], quantize=quantize)
     plan = StepPlan(
         num_masks=num_masks,
         argmax_proposals=False,
@@ -60,7 +69,9 @@ def compile_decode_step(
         lambda params, state: decode_step(nnx.merge(graph, params), plan, state),
         on_mesh(params, mesh, P()),
         on_mesh(state, mesh, P()),
+        dump=dump,
         donate_argnums=1,
+        compiler_options=INFERENCE_OPTIONS,
     )
     return compiled, state
 

@@ -38,8 +38,8 @@ def inputs(rows, width, columns, dtype=jnp.float32, form="int8"):
 
 
 @functools.partial(jax.jit, static_argnames=("body", "tiles"))
-def run(x, weight, *, body, tiles=None):
-    return quantized_matmul(x, weight, body=body, interpret=body is not Body.REFERENCE, tiles=tiles)
+def run(x, weight, layer=None, *, body, tiles=None):
+    return quantized_matmul(x, weight, layer, body=body, interpret=body is not Body.REFERENCE, tiles=tiles)
 
 
 def exact(x, weight):
@@ -84,6 +84,18 @@ def test_bits_of_a_row_depend_neither_on_m_nor_on_its_neighbours(body: Body):
     together = run(x, weight, body=body, tiles=TILES[body])
     for rows in (slice(0, 1), slice(5, 13), slice(40, 57), slice(69, 70)):
         np.testing.assert_array_equal(run(x[rows], weight, body=body, tiles=TILES[body]), together[rows])
+
+
+@pytest.mark.parametrize("form", QUANTIZE)
+@pytest.mark.parametrize("body", BODIES)
+def test_a_layer_of_a_stack_has_the_bits_of_its_weight_alone(body: Body, form: str):
+    x, first = inputs(9, 77, 33, form=form)
+    weights = [first, *(inputs(rows, 77, 33, form=form)[1] for rows in (2, 3))]
+    assert not jnp.array_equal(weights[1].scale, weights[2].scale)
+    stack = QuantizedWeight(*(jnp.stack(parts) for parts in zip(*weights, strict=True)))
+    for layer, weight in enumerate(weights):
+        alone = run(x, weight, body=body, tiles=TILES[body])
+        np.testing.assert_array_equal(run(x, stack, jnp.int32(layer), body=body, tiles=TILES[body]), alone)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -157,6 +169,13 @@ def test_wrong_arguments_are_named(body: Body):
         call(x, weight._replace(values=weight.values.astype(jnp.int32)))
     with pytest.raises(TypeError, match=r"bfloat16.* must be float32"):
         call(x, weight._replace(scale=weight.scale.astype(jnp.bfloat16)))
+    with pytest.raises(ValueError, match=r"values\.shape=\(6, 5\), but .* needs \[L, D, F\], for a layer is given"):
+        call(x, weight, jnp.int32(0))
+    stack = QuantizedWeight(*(part[None] for part in weight))
+    with pytest.raises(ValueError, match=r"values\.shape=\(1, 6, 5\), but .* needs \[D, F\]"):
+        call(x, stack)
+    with pytest.raises(ValueError, match=r"scale\.shape=\(5,\), but values\.shape=\(1, 6, 5\) needs \(1, 5\)"):
+        call(x, stack._replace(scale=weight.scale), jnp.int32(0))
 
 
 def test_a_body_that_is_not_there_and_tiles_of_another_body_are_refused():

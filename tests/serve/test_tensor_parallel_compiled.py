@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from idlm_jax.decoding import ISD
 from idlm_jax.deviceless import compile_for, h200_mesh, tpu_mesh
 from idlm_jax.model.language_model import from_module
-from idlm_jax.model.transformer import PARAM_AXES, Qwen3
+from idlm_jax.model.transformer import INFERENCE_OPTIONS, PARAM_AXES, Qwen3
 from idlm_jax.sharding import param_sharding
 from pallas_kernels.bodies import BY_NAME
 from serve import device
@@ -61,6 +61,7 @@ def check_step(mesh: Mesh, kernels: str, *, chunk_rows: int | None = None) -> li
         jax.ShapeDtypeStruct(words, jnp.int32, sharding=whole(mesh)),
         donate_argnums=1,
         out_shardings=(where, whole(mesh)),
+        compiler_options=INFERENCE_OPTIONS,
     )
     memory = compiled.memory_analysis()
     assert memory is not None
