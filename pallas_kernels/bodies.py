@@ -19,13 +19,14 @@ class Body(enum.Enum):
 
     REFERENCE: plain jnp, any platform. TRITON: Pallas through the Triton backend, NVIDIA sm_80 and newer.
     TPU: Pallas through Mosaic. JAX_TRITON: the same maths in the Triton language, for the day when Pallas drops its
-    Triton backend (deprecated since jax 0.11).
+    Triton backend (deprecated since jax 0.11). PAGE_WALK: paged attention in plain jnp, in the kernels' order of summation.
     """
 
     REFERENCE = "reference"
     TRITON = "triton"
     TPU = "tpu"
     JAX_TRITON = "jax_triton"
+    PAGE_WALK = "page_walk"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

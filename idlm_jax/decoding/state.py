@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.method import StepPlan
@@ -46,6 +46,7 @@ class Committed(NamedTuple):
     tokens: Int[Array, "B C"]  # only the first `num_tokens` count
     num_tokens: Int[Array, " B"]  # 0 for a slot that does not run
     logprobs: Logprobs | None  # of the C tokens; None if the plan reports none
+    checksums: UInt[Array, "B C"] | None = None  # of the logits behind each token; bit-for-bit mode only
 
 
 class DecodeState(NamedTuple):
@@ -73,6 +74,7 @@ class DecodeState(NamedTuple):
     counts: Counts
     page_table: Int[Array, "B pages"]
     cache: KVCache
+    checksums: UInt[Array, "B S"] | None = None  # at the positions of `tokens`; bit-for-bit mode only
 
 
 def initial_state(
@@ -103,7 +105,7 @@ def initial_state(
     num_masks = plan.num_masks
     if paging is None:
         pages_per_request = -(
-            -(capacity + plan.window_len - 1) // PAGE_SIZE
+            -(capacity + plan.written_rows - 1) // PAGE_SIZE
         )  # the last window starts inside the capacity
         paging = contiguous_pages(batch, pages_per_request), empty_cache(config, batch * pages_per_request)
     is_idle = jnp.asarray(end) <= jnp.asarray(prompt_len)
@@ -146,4 +148,5 @@ def initial_state(
         ),
         page_table=paging[0],
         cache=paging[1],
+        checksums=None if plan.group_slots is None else zeros(capacity, dtype=jnp.uint32),
     )

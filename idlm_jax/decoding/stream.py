@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from idlm_jax.decoding.generate import prepare_batch
-from idlm_jax.decoding.loop import run_loop, run_prefill
+from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.method import ISD, Method
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
@@ -26,6 +26,7 @@ def stream_tokens(
     sampling = SamplingParams() if sampling is None else sampling
     ids = encode_prompt(lm, prompt, 0)
     prepared = prepare_batch(lm, [ids], ISD() if method is None else method, [sampling])
+    run_prefill, run_loop = programs(prepared.plan)
     state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
     sent = len(ids)
     while True:
