@@ -122,8 +122,9 @@ def initial_state(
         )
     if plan.keeps_proposal_logits:
         proposal_logits = zeros(num_masks, config.vocab_size, dtype=jnp.float32)
-        column = zeros(num_masks, dtype=jnp.float32)
-        proposal_stats = RowStats(top_id=zeros(num_masks), top_logit=column, threshold=column, mass=column)
+        # Three arrays: a buffer can be donated once.
+        columns = (zeros(num_masks, dtype=jnp.float32) for _ in range(3))
+        proposal_stats = RowStats(zeros(num_masks), *columns)
     return DecodeState(
         tokens=jnp.asarray(tokens),
         logprobs=logprobs,

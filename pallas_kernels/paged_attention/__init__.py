@@ -133,8 +133,9 @@ def write_pages(
         raise TypeError(f"{start.dtype=} is not an integer dtype")
     match body:
         case Body.REFERENCE | Body.PAGE_WALK:
+            module = reference if body is Body.REFERENCE else page_walk
             k_pages, v_pages = (
-                reference.write_pages(of_kind, tokens, page_table, start)
+                module.write_pages(of_kind, tokens, page_table, start)
                 for of_kind, tokens in zip(pages, new, strict=True)
             )
             return k_pages, v_pages
