@@ -2,9 +2,9 @@
 
 make bitwise    # half an hour on two cores -> benchmarks/results/bitwise/<name>.{json,md}, written as it goes
 
-Held-out prompts are completed greedily by AR on the base model without its adapter, one prompt at a time, and by ISD with
-the adapter at every stride and batch size. Tokens and the checksums of the logits behind them must not differ once. The
-default mode is compared in the same way (tokens; it reports no checksums), and timed against this one in turn.
+Held-out prompts are completed greedily by AR on the base model without its adapter, one prompt at a time, and by ISD
+with the adapter at every stride and batch size. Tokens and the checksums of the logits behind them must not differ once.
+The default mode is compared in the same way (tokens; it reports no checksums), and timed against this one in turn.
 """
 
 import json
@@ -29,7 +29,7 @@ from train.data.settings import DatasetSettings
 
 RESULTS = Path("benchmarks/results/bitwise")
 LENGTHS = (4, 32)  # shortest and longest prompt
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16")
+DTYPES: tuple[DType, ...] = ("bfloat16", "float32")
 Mode = Literal["bitwise"] | None
 
 
@@ -96,7 +96,8 @@ def measure(
         lm = idlm_jax.load(model, dtype=dtype, adapter=adapter)
         prompts = heldout_cuts(model, base.tokenizer, num_prompts)
         baselines: dict[Mode, list[Completion]] = {}
-        for mode, batch in (("bitwise", 1), (None, max(sizes))):
+        alone: list[tuple[Mode, int]] = [("bitwise", 1), (None, max(sizes))]
+        for mode, batch in alone:
             baselines[mode] = idlm_jax.generate(
                 base, prompts, idlm_jax.AR(), params, batch_size=batch, deterministic=mode
             )

@@ -19,7 +19,8 @@ class Body(enum.Enum):
 
     REFERENCE: plain jnp, any platform. TRITON: Pallas through the Triton backend, NVIDIA sm_80 and newer.
     TPU: Pallas through Mosaic. JAX_TRITON: the same maths in the Triton language, for the day when Pallas drops its
-    Triton backend (deprecated since jax 0.11). PAGE_WALK: paged attention in plain jnp, in the kernels' order of summation.
+    Triton backend (deprecated since jax 0.11). PAGE_WALK: paged attention in plain jnp that
+    sums in the kernels' order.
     """
 
     REFERENCE = "reference"

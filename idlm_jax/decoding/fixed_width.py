@@ -14,7 +14,7 @@ What is left to trust is that a product of this one shape treats its rows alike;
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,19 @@ from pallas_kernels.bodies import Body
 Step = Callable[..., tuple[DecodeState, Committed]]
 
 
-def default_group_slots() -> int:
-    """Slots per tile on this platform.
+def group_slots_of(deterministic: Literal["bitwise"] | None) -> int | None:
+    """Slots per tile on this platform, or None for the default mode.
 
-    Reading the weights is most of a small product on an accelerator, so 8 slots (128 rows) cost what one does; a CPU
-    computes every row.
+    Reading the weights is most of a small product on an accelerator (on an H100 up to about 295 rows), so 8 slots, 128
+    rows, cost little more than one; a CPU computes every row.
+
+    Raises:
+        ValueError: `deterministic` is neither None nor "bitwise".
     """
+    if deterministic is None:
+        return None
+    if deterministic != "bitwise":
+        raise ValueError(f"{deterministic=} must be None or 'bitwise'")
     return 1 if jax.default_backend() == "cpu" else 8
 
 

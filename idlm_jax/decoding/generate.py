@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idlm_jax.decoding.fixed_width import default_group_slots
+from idlm_jax.decoding.fixed_width import group_slots_of
 from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.method import ISD, Method, StepPlan
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
@@ -106,9 +106,7 @@ def generate(
     """
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list; wrap a single text as [text]")
-    if deterministic not in (None, "bitwise"):
-        raise ValueError(f"{deterministic=} must be None or 'bitwise'")
-    group_slots = None if deterministic is None else default_group_slots()
+    group_slots = group_slots_of(deterministic)
     method = ISD() if method is None else method
     sampling = SamplingParams() if sampling is None else sampling
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)

@@ -108,13 +108,9 @@ def _prefill_by_tiles(
     state = fixed_width.write_prompt(module, plan, state, tokens, start)
     last = jnp.take_along_axis(tokens, (state.context_len - start)[:, None], axis=1)
     no_draft = jnp.zeros_like(last)
-    window = build_window(
-        last, jnp.ones_like(start), state.context_len, no_draft, plan.num_masks, plan.mask_token_id
-    )
+    window = build_window(last, jnp.ones_like(start), state.context_len, no_draft, plan.num_masks, plan.mask_token_id)
     logits, cache = fixed_width.window_logits(module, plan, state, window)
-    return _commit_and_draft(
-        module, plan, state._replace(cache=cache), logits, no_draft, known=known, allowed=allowed
-    )
+    return _commit_and_draft(module, plan, state._replace(cache=cache), logits, no_draft, known=known, allowed=allowed)
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:

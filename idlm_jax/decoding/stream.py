@@ -1,12 +1,13 @@
 """`generate_stream`: text as it is committed, for one prompt."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
+from idlm_jax.decoding.fixed_width import group_slots_of
 from idlm_jax.decoding.generate import prepare_batch
 from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.method import ISD, Method
@@ -17,7 +18,12 @@ from idlm_jax.model.language_model import LanguageModel
 
 
 def stream_tokens(
-    lm: LanguageModel, prompt: Prompt, method: Method | None = None, sampling: SamplingParams | None = None
+    lm: LanguageModel,
+    prompt: Prompt,
+    method: Method | None = None,
+    sampling: SamplingParams | None = None,
+    *,
+    deterministic: Literal["bitwise"] | None = None,
 ) -> Iterator[list[int]]:
     """The ids that each forward commits, one non-empty list per forward; drafts are never seen.
 
@@ -25,7 +31,7 @@ def stream_tokens(
     """
     sampling = SamplingParams() if sampling is None else sampling
     ids = encode_prompt(lm, prompt, 0)
-    prepared = prepare_batch(lm, [ids], ISD() if method is None else method, [sampling])
+    prepared = prepare_batch(lm, [ids], ISD() if method is None else method, [sampling], group_slots_of(deterministic))
     run_prefill, run_loop = programs(prepared.plan)
     state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
     sent = len(ids)
@@ -40,7 +46,12 @@ def stream_tokens(
 
 
 def generate_stream(
-    lm: LanguageModel, prompt: Prompt, method: Method | None = None, sampling: SamplingParams | None = None
+    lm: LanguageModel,
+    prompt: Prompt,
+    method: Method | None = None,
+    sampling: SamplingParams | None = None,
+    *,
+    deterministic: Literal["bitwise"] | None = None,
 ) -> Iterator[str]:
     """Text pieces as they are committed; joined they are the completion's text.
 
@@ -53,7 +64,7 @@ def generate_stream(
         raise ValueError("generate_stream needs a tokenizer, and the model folder has none: use stream_tokens")
     decoder = DecodeStream(skip_special_tokens=True)
     backend: Any = lm.tokenizer.backend_tokenizer
-    for ids in stream_tokens(lm, prompt, method, sampling):
+    for ids in stream_tokens(lm, prompt, method, sampling, deterministic=deterministic):
         text = "".join(decoder.step(backend, token) or "" for token in ids)
         if text:
             yield text

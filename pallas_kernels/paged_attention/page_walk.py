@@ -1,8 +1,8 @@
 """Paged attention in plain jnp with the kernels' order of summation: page after page, online softmax.
 
-Every page is a tile at an absolute position, and a page that a row does not see is an exact no-op for it, so the bits of
-a row depend on neither the width of the page table nor the other requests. The reference gathers whole tables, so its
-sums follow their width. For platforms without a kernel, where bits must not change with capacity.
+Every page is a tile at an absolute position, and a page that a row does not see is an exact no-op for it, so the bits
+of a row depend on neither the width of the page table nor the other requests. The reference gathers whole tables, so
+its sums follow their width. For platforms without a kernel, where bits must not change with capacity.
 
 bfloat16 pages are written and fetched as bits: XLA's CPU compiler has no scatter and no gather of bfloat16, and would
 convert the whole pool there and back in every layer (batch 32 of the tiny model took twice as long).
@@ -38,7 +38,9 @@ def paged_attention(
     padding = num_rows - tokens * (heads // kv_heads)
     # Padded rows see the context and nothing else.
     last_row, low_bits, high_bits = (
-        jnp.pad(jnp.repeat(of_token, heads // kv_heads, axis=1), ((0, 0), (0, padding)), constant_values=fill)[..., None]
+        jnp.pad(jnp.repeat(of_token, heads // kv_heads, axis=1), ((0, 0), (0, padding)), constant_values=fill)[
+            ..., None
+        ]
         for of_token, fill in zip(pack_limits(visible, batch, tokens), (-1, 0, 0), strict=True)
     )
     end = context_len + tokens
@@ -49,9 +51,7 @@ def paged_attention(
         # Nobody may have written the slots behind the end, and 0 * NaN is NaN.
         is_used = (keys[None] < end[:, None])[:, None, :, None]
         k, v = (jnp.where(is_used, _bits(pool)[pages].view(pool.dtype), 0) for pool in (k_pages, v_pages))
-        seen = jax.vmap(is_visible, in_axes=(None, 0, 0, 0, 0))(
-            keys[None], context_len, last_row, low_bits, high_bits
-        )
+        seen = jax.vmap(is_visible, in_axes=(None, 0, 0, 0, 0))(keys[None], context_len, last_row, low_bits, high_bits)
         of_heads = jax.vmap(attend_tile, in_axes=(0, 0, 0, 0, None))
         return jax.vmap(of_heads)(running, queries, k, v, seen)
 

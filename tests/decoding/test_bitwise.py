@@ -9,7 +9,7 @@ import pytest
 
 from idlm_jax.config import LoraConfig
 from idlm_jax.decoding import AR, ISD, Completion, SamplingParams, generate
-from idlm_jax.decoding.fixed_width import checksums
+from idlm_jax.decoding.fixed_width import checksums, group_slots_of
 from idlm_jax.decoding.generate import NO_LIMIT, prepare_batch, read_completions
 from idlm_jax.decoding.loop import programs
 from idlm_jax.model.language_model import LanguageModel, from_module
@@ -95,6 +95,15 @@ def test_four_slots_at_a_time_have_the_bits_of_one_request_among_fillers(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_capacity_and_long_neighbours_change_no_bit(dtype):
+    """Beside a request of 200 tokens, every page table is twice as wide."""
+    lm = tiny(dtype, adapter=True)
+    params = [SamplingParams(max_tokens=40), SamplingParams(max_tokens=200)]
+    together = decoded(lm, PROMPTS[:2], ISD(4), params, batch_size=2)
+    assert bits(decoded(lm, PROMPTS[:1], ISD(4), params[:1])) == bits(together)[:1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sampled_requests_are_the_same_alone_and_among_others(dtype):
     lm = tiny(dtype, adapter=True)
     params = [
@@ -120,10 +129,10 @@ def test_the_kernels_keep_the_bits(name, dtype):
 
 def test_a_window_that_does_not_fit_is_refused():
     lm = tiny("float32")
-    with pytest.raises(ValueError, match=r"computes 16 rows a request, and a window of stride 9 with branches=1 has 17"):
+    with pytest.raises(ValueError, match="16 rows a request, and a window of stride 9 with branches=1 has 17"):
         generate(lm, [[1]], ISD(9), GREEDY, deterministic="bitwise")
     with pytest.raises(ValueError, match="must be None or 'bitwise'"):
-        inspect.unwrap(generate)(lm, [[1]], ISD(4), GREEDY, deterministic="yes")
+        inspect.unwrap(group_slots_of)("yes")
 
 
 def test_the_default_mode_reports_no_checksums():
