@@ -3,7 +3,7 @@
 make bitwise    # half an hour on two cores -> benchmarks/results/bitwise/<name>.{json,md}, written as it goes
 
 Held-out prompts are completed greedily by AR on the base model without its adapter, one prompt at a time, and by ISD
-with the adapter at every stride and batch size. Tokens and the checksums of the logits behind them must not differ once.
+with the adapter at every stride and batch size. Tokens and the checksums of their logits must not differ once.
 The default mode is compared in the same way (tokens; it reports no checksums), and timed against this one in turn.
 """
 
