@@ -179,7 +179,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['versions']['jax']}: `{record['command']}`.",
         "",
         f"Greedy. ISD with `{record['adapter']}` against AR of the base model without it: AR alone (batch 1) for the "
-        "bit-for-bit mode, AR at the same batch for the default mode, which reports no checksums.",
+        "bit-for-bit mode, AR at the same batch for the default mode, which reports no checksums. A row that is not here "
+        "has not been measured.",
         "",
         "| dtype | mode | N | batch | prompts | tokens | differing tokens | differing checksums | prompts that differ "
         "| drafts accepted |",
@@ -195,8 +196,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines += [
         "",
         "Cost, over AR in the default mode at the same batch, both with the adapter loaded; medians and ranges of "
-        "interleaved rounds on a busy CPU, where every row is computed. On an accelerator, 16 rows cost little more "
-        "than one.",
+        "interleaved rounds. A CPU computes all 16 rows of a tile, so this says nothing about accelerators.",
         "",
         "| dtype | batch | mode | method | forwards | time |",
         "| --- | --- | --- | --- | --- | --- |",
