@@ -179,8 +179,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['versions']['jax']}: `{record['command']}`.",
         "",
         f"Greedy. ISD with `{record['adapter']}` against AR of the base model without it: AR alone (batch 1) for the "
-        "bit-for-bit mode, AR at the same batch for the default mode, which reports no checksums. A row that is not here "
-        "has not been measured.",
+        "bit-for-bit mode, AR at the same batch for the default mode, which reports no checksums. A row that is not "
+        "here has not been measured.",
         "",
         "| dtype | mode | N | batch | prompts | tokens | differing tokens | differing checksums | prompts that differ "
         "| drafts accepted |",
