@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next test-page chromium soak eval proofs compiled plans lint clean
+.PHONY: help demo test test-fast test-next test-page chromium soak eval proofs bitwise compiled plans lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -60,6 +60,9 @@ eval: .venv/.dev .venv-eval/.installed  ## lm-evaluation-harness, in an environm
 proofs: .venv/.dev .venv-next/.dev .venv-eval/.installed  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
 	.venv/bin/pytest $(parallel) -m "proof and not compile"
 	.venv-next/bin/pytest $(parallel) -m "proof and compile"
+
+bitwise: .venv/.dev  ## benchmarks/results/bitwise/: AR and ISD in the bit-for-bit mode on 1,120 held-out prompts
+	.venv/bin/python -m benchmarks.bitwise
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled

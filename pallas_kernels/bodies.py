@@ -19,13 +19,15 @@ class Body(enum.Enum):
 
     REFERENCE: plain jnp, any platform. TRITON: Pallas through the Triton backend, NVIDIA sm_80 and newer.
     TPU: Pallas through Mosaic. JAX_TRITON: the same maths in the Triton language, for the day when Pallas drops its
-    Triton backend (deprecated since jax 0.11).
+    Triton backend (deprecated since jax 0.11). PAGE_WALK: paged attention in plain jnp that
+    sums in the kernels' order.
     """
 
     REFERENCE = "reference"
     TRITON = "triton"
     TPU = "tpu"
     JAX_TRITON = "jax_triton"
+    PAGE_WALK = "page_walk"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ REFERENCE = Kernels()
 # What each name stands for. A kernel that was measured slower than XLA on its platform does not belong here.
 BY_NAME = {
     "reference": REFERENCE,
-    # 8-bit weights: of a stack of layers, XLA's product would read a copy (docs/decisions/00XX-eight-bit-weights.md).
+    # 8-bit weights: of a stack of layers, XLA's product would read a copy (docs/decisions/0014-eight-bit-weights.md).
     "triton": Kernels(
         paged_attention=Body.TRITON,
         two_stream_attention=Body.TRITON,

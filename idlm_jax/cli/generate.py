@@ -45,6 +45,9 @@ def generate(
         Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits.")
     ] = None,
     kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    deterministic: Annotated[
+        Literal["bitwise"] | None, typer.Option(help="Bits that depend on neither stride nor batch; slower.")
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print text as it is committed (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per completion.")] = False,
 ) -> None:
@@ -73,12 +76,12 @@ def generate(
     if stream:
         if len(texts) != 1:
             raise ValueError(f"--stream prints one completion, and there are {len(texts)} prompts")
-        for piece in idlm_jax.generate_stream(lm, texts[0], method, params[0]):
+        for piece in idlm_jax.generate_stream(lm, texts[0], method, params[0], deterministic=deterministic):
             print(piece, end="", flush=True)
         print()
         return
     start = time.perf_counter()
-    completions = idlm_jax.generate(lm, texts, method, params)
+    completions = idlm_jax.generate(lm, texts, method, params, deterministic=deterministic)
     elapsed_s = time.perf_counter() - start
     if as_json:
         for prompt, completion in zip(texts, completions, strict=True):
@@ -91,6 +94,8 @@ def generate(
                 "tokens_per_forward": completion.tokens_per_forward,
                 "acceptance_rate": completion.acceptance_rate if sum(completion.verified_by_depth) else None,
             }
+            if completion.logit_checksums is not None:
+                record["logit_checksums"] = completion.logit_checksums
             print(json.dumps(record))
         return
     for prompt, completion in zip(texts, completions, strict=True):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idlm_jax.decoding.loop import run_loop
+from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.state import DecodeState, Finish
@@ -43,6 +43,7 @@ def stretches(
         longest: forwards of a stretch.
     """
     batch = len(state.finish)
+    _, run_loop = programs(plans[0])
     before = _progress(state)
     untimed = [index for index in range(len(plans)) if not pacer.is_timed(batch, index)]
     for index in untimed:

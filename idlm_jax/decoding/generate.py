@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from idlm_jax.decoding.auto import run_auto
-from idlm_jax.decoding.loop import run_loop, run_prefill
+from idlm_jax.decoding.fixed_width import group_slots_of
+from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.method import ISD, Method, StepPlan, step_plan
 from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
@@ -45,6 +46,8 @@ class Completion:
         accepted_by_depth: how many of those were accepted.
         acceptance_rate: mean of min(1, p/q) over the verified drafts; nan when there were none (AR).
         logprobs: one entry per token when asked for, else None.
+        logit_checksums: with `deterministic="bitwise"`, one number per token: an exact function of the bits of the
+            float32 logits that it was decided from (`fixed_width.checksums`).
     """
 
     token_ids: list[int]
@@ -56,6 +59,7 @@ class Completion:
     accepted_by_depth: tuple[int, ...]
     acceptance_rate: float
     logprobs: list[TokenLogprob] | None
+    logit_checksums: list[int] | None = None
 
     @property
     def tokens_per_forward(self) -> float:
@@ -89,6 +93,7 @@ def generate(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     batch_size: int = 64,
+    deterministic: Literal["bitwise"] | None = None,
 ) -> list[Completion]:
     """Completes every prompt.
 
@@ -102,13 +107,18 @@ def generate(
             are compiled and timed first, which pays for many prompts or long completions.
         sampling: one for all prompts, or one each. With one for all, equal prompts get equal completions.
         batch_size: most requests in one compiled loop.
+        deterministic: "bitwise" gives every committed token the same logits, bit for bit, under AR and ISD of any
+            stride, in any batch, with the same weights, device and versions: greedy ISD is AR in bfloat16 too. Slower
+            (docs/numerics.md).
 
     Raises:
         ValueError: a prompt is empty, too long, holds foreign ids or a MASK; the list of sampling parameters has
-            another length; or ISD is asked of a model without a MASK id.
+            another length; ISD is asked of a model without a MASK id; or `deterministic` is unknown or the method's
+            window wider than its 16 rows.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list; wrap a single text as [text]")
+    group_slots = group_slots_of(deterministic)
     method = ISD() if method is None else method
     sampling = SamplingParams() if sampling is None else sampling
     params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
@@ -119,7 +129,8 @@ def generate(
     pacer = Pacer(method.menu)
     for first in range(0, len(encoded), batch_size):
         batch, wanted = encoded[first : first + batch_size], params[first : first + batch_size]
-        prepared = prepare_batch(lm, batch, method, wanted)
+        prepared = prepare_batch(lm, batch, method, wanted, group_slots)
+        run_prefill, run_loop = programs(prepared.plan)
         state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
         if len(prepared.plans) > 1:
             state = run_auto(lm, prepared.plans, pacer, state)
@@ -134,12 +145,13 @@ def prepare_batch(
     prompts: Sequence[list[int]],
     method: Method,
     params: Sequence[SamplingParams],
+    group_slots: int | None = None,
 ) -> PreparedBatch:
-    """Checks lengths, pads to buckets and moves a batch to the device.
+    """Checks lengths, pads to buckets and moves a batch to the device; `group_slots` as in `StepPlan`.
 
     Raises:
         ValueError: prompt plus `max_tokens` exceeds the model's positions, a bias names an id outside the vocabulary,
-            or the model has no MASK id for ISD.
+            the model has no MASK id for ISD, or the window is too wide for the bit-for-bit mode.
     """
     config = lm.config
     if method.num_masks and config.mask_token_id is None:
@@ -154,7 +166,7 @@ def prepare_batch(
             )
     prompt_lens = [len(prompt) for prompt in prompts]
     ends = [length + wanted.max_tokens for length, wanted in zip(prompt_lens, params, strict=True)]
-    slots = bucket(len(prompts), smallest=1)
+    slots = bucket(len(prompts), smallest=group_slots or 1)  # a whole number of groups
     prefill_rows = bucket(max(prompt_lens), smallest=16)
     capacity = bucket(max(max(ends), prefill_rows), smallest=64)
     tokens = np.zeros((slots, capacity), np.int32)
@@ -182,6 +194,7 @@ def prepare_batch(
             filtered=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0) for p in params),
             all_greedy=all(p.temperature == 0 for p in params),
             num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+            group_slots=group_slots,
         )
         for each in method.menu
     )
@@ -197,7 +210,7 @@ def prepare_batch(
         stop_ids,
         sampling,
         shaping=shaping_of(params, prompts, slots, config.vocab_size),
-        window_len=method.window_len,
+        written_rows=max(each.written_rows for each in plans),
         keeps_confidence=any(each.places_branches for each in plans),
     )
     return PreparedBatch(plan, plans, state, prompt_lens, prefill_rows)
@@ -218,8 +231,8 @@ def read_completions(
     lm: LanguageModel, state: DecodeState, prompt_lens: list[int], params: Sequence[SamplingParams]
 ) -> list[Completion]:
     """Fetches a finished batch and describes each request."""
-    tokens, context_len, finish, counts, recorded = jax.device_get(
-        (state.tokens, state.context_len, state.finish, state.counts, state.logprobs)
+    tokens, context_len, finish, counts, recorded, checksums = jax.device_get(
+        (state.tokens, state.context_len, state.finish, state.counts, state.logprobs, state.checksums)
     )
     completions = []
     for slot, (prompt_len, wanted) in enumerate(zip(prompt_lens, params, strict=True)):
@@ -249,6 +262,7 @@ def read_completions(
                 accepted_by_depth=tuple(counts.accepted[slot].tolist()),
                 acceptance_rate=float(counts.accept_prob[slot].sum()) / verified if verified else float("nan"),
                 logprobs=logprobs,
+                logit_checksums=None if checksums is None else checksums[slot, span].tolist(),
             )
         )
     return completions

@@ -7,6 +7,9 @@ from jax.sharding import Mesh
 
 MAX_STRIDE = 16
 
+# Query rows of a tile in the bit-for-bit mode: those of stride 8, and of stride 4 with all branches, fit.
+TILE_ROWS = 16
+
 
 Choice = Literal["auto"]
 
@@ -179,6 +182,7 @@ class StepPlan:
         num_top_logprobs: alternatives reported per token; None reports no log-probabilities at all.
         mask_token_id: id fed at MASK rows and removed from every distribution; -1 when the model has none.
         mesh: whose "tensor" axis cuts the model and its KV pool; None for one device.
+        group_slots: slots that the bit-for-bit mode computes at a time (`fixed_width`); None is the default mode.
     """
 
     num_masks: int
@@ -191,6 +195,23 @@ class StepPlan:
     branches: int = 1
     coupled: bool = False
     mesh: Mesh | None = None
+    group_slots: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_slots is None:
+            return
+        if self.group_slots < 1:
+            raise ValueError(f"{self.group_slots=} must be at least 1")
+        if self.window_len > TILE_ROWS:
+            raise ValueError(
+                f"deterministic='bitwise' computes {TILE_ROWS} rows a request, and a window of stride "
+                f"{self.num_masks + 1} with branches={self.branches} has {self.window_len}"
+            )
+
+    @property
+    def written_rows(self) -> int:
+        """Rows that a decode forward writes to the cache, from the pending token's slot on."""
+        return self.window_len if self.group_slots is None else TILE_ROWS
 
     @property
     def window_len(self) -> int:
@@ -217,6 +238,7 @@ def step_plan(
     all_greedy: bool,
     num_top_logprobs: int | None,
     mesh: Mesh | None = None,
+    group_slots: int | None = None,
 ) -> StepPlan:
     """The plan of a method's forwards, where nothing is "auto": take one of its `menu`; arguments as in `StepPlan`."""
     return StepPlan(
@@ -230,4 +252,5 @@ def step_plan(
         num_top_logprobs=num_top_logprobs,
         mask_token_id=-1 if mask_token_id is None else mask_token_id,
         mesh=mesh,
+        group_slots=group_slots,
     )

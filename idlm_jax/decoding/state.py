@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.method import StepPlan
@@ -47,6 +47,7 @@ class Committed(NamedTuple):
     tokens: Int[Array, "B C"]  # only the first `num_tokens` count
     num_tokens: Int[Array, " B"]  # 0 for a slot that does not run
     logprobs: Logprobs | None  # of the C tokens; None if the plan reports none
+    checksums: UInt[Array, "B C"] | None = None  # of the logits behind each token; bit-for-bit mode only
 
 
 class DecodeState(NamedTuple):
@@ -74,6 +75,7 @@ class DecodeState(NamedTuple):
     counts: Counts
     page_table: Int[Array, "B pages"]
     cache: KVCache
+    checksums: UInt[Array, "B S"] | None = None  # at the positions of `tokens`; bit-for-bit mode only
 
 
 def narrowed(state: DecodeState, num_masks: int) -> DecodeState:
@@ -115,7 +117,7 @@ def initial_state(
     paging: tuple[Int[Array, "B pages"], KVCache] | None = None,
     shaping: Shaping | None = None,
     *,
-    window_len: int | None = None,
+    written_rows: int | None = None,
     keeps_confidence: bool = False,
 ) -> DecodeState:
     """A batch before its prefill: `context_len` points at the last prompt token, slots with no budget are done.
@@ -130,14 +132,14 @@ def initial_state(
         sampling: of each request.
         paging: page table and pool; by default a pool cut into one equal stretch per request.
         shaping: of each request, if any wants it.
-        window_len: of the longest window to come; that of `plan` by default.
+        written_rows: most cache slots that any forward to come writes; those of `plan` by default.
         keeps_confidence: whether other plans than `plan` place branches.
     """
     batch, capacity = tokens.shape
     num_masks = plan.num_masks
     if paging is None:
         pages_per_request = -(
-            -(capacity + (window_len or plan.window_len) - 1) // PAGE_SIZE
+            -(capacity + (written_rows or plan.written_rows) - 1) // PAGE_SIZE
         )  # the last window starts inside the capacity
         paging = contiguous_pages(batch, pages_per_request), empty_cache(config, batch * pages_per_request)
     is_idle = jnp.asarray(end) <= jnp.asarray(prompt_len)
@@ -154,8 +156,9 @@ def initial_state(
         )
     if plan.keeps_proposal_logits:
         proposal_logits = zeros(num_masks, config.vocab_size, dtype=jnp.float32)
-        column = zeros(num_masks, dtype=jnp.float32)
-        proposal_stats = RowStats(top_id=zeros(num_masks), top_logit=column, threshold=column, mass=column)
+        # Three arrays: a buffer can be donated once.
+        columns = (zeros(num_masks, dtype=jnp.float32) for _ in range(3))
+        proposal_stats = RowStats(zeros(num_masks), *columns)
     return DecodeState(
         tokens=jnp.asarray(tokens),
         logprobs=logprobs,
@@ -180,4 +183,5 @@ def initial_state(
         ),
         page_table=paging[0],
         cache=paging[1],
+        checksums=None if plan.group_slots is None else zeros(capacity, dtype=jnp.uint32),
     )

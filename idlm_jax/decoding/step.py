@@ -14,11 +14,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
+from idlm_jax.decoding import fixed_width
 from idlm_jax.decoding.method import StepPlan
+from idlm_jax.decoding.record import logprobs_of, record
 from idlm_jax.decoding.shaping import count, shape
-from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, Logprobs, narrowed, widened
-from idlm_jax.decoding.window import build_window
+from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, narrowed, widened
+from idlm_jax.decoding.window import Window, build_window
 from idlm_jax.model.attention import paged_attend
+from idlm_jax.model.kv_cache import KVCache
 from idlm_jax.model.transformer import Qwen3
 from idlm_jax.sharding import param_spec
 from pallas_kernels.verify import Purpose, Verdict, draft, verify, verify_coupled
@@ -33,6 +36,9 @@ def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) ->
         state: fresh from `initial_state`.
         num_rows: static length of the padded prompts.
     """
+    if plan.group_slots is not None:  # a tile writes further, and reads no further than it must
+        start = jnp.zeros_like(state.context_len)
+        return record(*prefill_chunk(module, plan, state, state.tokens[:, :num_rows], start))
     page_table = state.page_table
     num_pages = -(-(num_rows + plan.num_masks) // state.cache.page_size)  # nothing stands behind these yet
     start = jnp.zeros_like(state.context_len)
@@ -68,6 +74,10 @@ def prefill_chunk(
         known: the token to commit, where it was drawn before; -1 draws one.
         allowed: as in `shape`, for the first token.
     """
+    if plan.group_slots is not None:
+        every = jnp.ones_like(start, bool)
+        step = functools.partial(_prefill_by_tiles, module, plan)
+        return fixed_width.over_groups(step, plan, state, every, tokens, start, known, allowed)
     num_tokens = (state.context_len + 1 - start)[:, None]
     index = jnp.arange(tokens.shape[1] + plan.num_masks, dtype=jnp.int32)[None]
     is_mask = (index >= num_tokens) & (index < num_tokens + plan.num_masks)
@@ -82,8 +92,26 @@ def prefill_chunk(
     # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
     rows = num_tokens - 1 + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
     used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
-    state = state._replace(cache=cache)
-    return _commit_and_draft(module, plan, state, used, jnp.zeros_like(num_tokens), known=known, allowed=allowed)
+    state, logits = state._replace(cache=cache), _whole(module.logits(used), plan)
+    return _commit_and_draft(module, plan, state, logits, jnp.zeros_like(num_tokens), known=known, allowed=allowed)
+
+
+def _prefill_by_tiles(
+    module: Qwen3,
+    plan: StepPlan,
+    state: DecodeState,
+    tokens: Int[Array, "B R"],
+    start: Int[Array, " B"],
+    known: Int[Array, " B"] | None,
+    allowed: UInt[Array, "B 1 words"] | None,
+) -> tuple[DecodeState, Committed]:
+    """`prefill_chunk` of one group: the stretch but for its last token, then that token as a window without drafts."""
+    state = fixed_width.write_prompt(module, plan, state, tokens, start)
+    last = jnp.take_along_axis(tokens, (state.context_len - start)[:, None], axis=1)
+    no_draft = jnp.zeros_like(last)
+    window = build_window(last, jnp.ones_like(start), state.context_len, no_draft, plan.num_masks, plan.mask_token_id)
+    logits, cache = fixed_width.window_logits(module, plan, state, window)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), logits, no_draft, known=known, allowed=allowed)
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
@@ -98,11 +126,20 @@ def decode_window(
 
     The state may have room for more drafts than the plan verifies and makes: the rest is ignored.
     """
-    after, committed = _decode(module, plan, narrowed(state, plan.num_masks), allowed)
+    step = functools.partial(_decode_window, module, plan)
+    if plan.group_slots is None:
+        return step(state, allowed)
+    return fixed_width.over_groups(step, plan, state, fixed_width.is_due(state), allowed)
+
+
+def _decode_window(
+    module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None
+) -> tuple[DecodeState, Committed]:
+    after, committed = _verify_and_draft(module, plan, narrowed(state, plan.num_masks), allowed)
     return widened(after, state), committed
 
 
-def _decode(
+def _verify_and_draft(
     module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None
 ) -> tuple[DecodeState, Committed]:
     """`decode_window` for a state with room for as many drafts as the plan makes."""
@@ -115,6 +152,15 @@ def _decode(
         plan.num_masks,
         plan.mask_token_id,
     )
+    logits, cache = _window_logits(module, plan, state, window)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), logits, group_prefix, allowed=allowed)
+
+
+def _window_logits(
+    module: Qwen3, plan: StepPlan, state: DecodeState, window: Window
+) -> tuple[Float[Array, "B W V"], KVCache]:
+    if plan.group_slots is not None:
+        return fixed_width.window_logits(module, plan, state, window)
     hidden, cache = module.hidden_states(
         window.tokens,
         window.positions,
@@ -123,7 +169,8 @@ def _decode(
         carried=state.cache,
         lora_gate=window.is_mask,
     )
-    return _commit_and_draft(module, plan, state._replace(cache=cache), hidden, group_prefix, allowed=allowed)
+    # One product for all rows: the head is read once.
+    return _whole(module.logits(hidden), plan), cache
 
 
 def _prefixes(plan: StepPlan, state: DecodeState) -> Int[Array, "B P"]:
@@ -146,28 +193,26 @@ def _commit_and_draft(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
-    hidden: Float[Array, "B W D"],
+    logits: Float[Array, "B W V"],
     group_prefix: Int[Array, "B P"],
     *,
     known: Int[Array, " B"] | None = None,
     allowed: UInt[Array, "B C words"] | None = None,
 ) -> tuple[DecodeState, Committed]:
-    """Turns hidden states into committed tokens and new proposals.
+    """Turns logits into committed tokens and new proposals.
 
     Args:
-        module: the model, for its head.
+        module: the model, for its kernels.
         plan: static description of the step.
         state: with the cache already extended.
-        hidden: of the pending token and of every draft (of the pending token alone in a prefill), then of all MASK
+        logits: of the pending token and of every draft (of the pending token alone in a prefill), then of all MASK
             groups, group after group.
         group_prefix: drafts that each group took for granted.
         known: as in `prefill_chunk`.
         allowed: as in `shape`, for the anchors; needs `state.shaping`.
     """
-    num_anchors = hidden.shape[1] - group_prefix.shape[1] * plan.num_masks
+    num_anchors = logits.shape[1] - group_prefix.shape[1] * plan.num_masks
     num_checked = num_anchors - 1
-    # One product for all rows: the head is read once.
-    logits = _whole(module.logits(hidden), plan)
     raw_logits = anchor_logits = logits[:, :num_anchors]
     drafts = state.proposals[:, :num_checked]
     if state.shaping is not None:
@@ -196,7 +241,8 @@ def _commit_and_draft(
         counts=counts,
         shaping=None if state.shaping is None else count(state.shaping, candidates, num_committed),
     )
-    committed = Committed(candidates, num_committed, _logprobs_of(plan, raw_logits, candidates))
+    checksums = None if plan.group_slots is None else fixed_width.checksums(raw_logits)
+    committed = Committed(candidates, num_committed, logprobs_of(plan, raw_logits, candidates), checksums)
     state = _draft(module, plan, state, logits[:, num_anchors:], group_prefix, verdict.accepted_len)
     return state, committed
 
@@ -288,37 +334,6 @@ def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"]
         accepted=counts.accepted + jnp.pad(is_accepted.astype(jnp.int32), pad),
         accept_prob=counts.accept_prob + jnp.pad(jnp.where(is_verified, verdict.accept_probs, 0.0), pad),
     )
-
-
-def _logprobs_of(
-    plan: StepPlan, anchor_logits: Float[Array, "B C V"], candidates: Int[Array, "B C"]
-) -> Logprobs | None:
-    """Log-probabilities of the candidates and of the likeliest ids in their places, if the plan reports any."""
-    if plan.num_top_logprobs is None:
-        return None
-    is_mask_id = jnp.arange(anchor_logits.shape[2])[None, None] == plan.mask_token_id
-    log_probs = jax.nn.log_softmax(jnp.where(is_mask_id, -jnp.inf, anchor_logits), axis=-1)
-    chosen = jnp.take_along_axis(log_probs, candidates[..., None], axis=-1)[..., 0]
-    top, top_ids = jax.lax.top_k(log_probs, plan.num_top_logprobs)
-    return Logprobs(chosen, top_ids, top)
-
-
-def record(state: DecodeState, committed: Committed) -> DecodeState:
-    """Puts what a forward committed, and its log-probabilities if there are any, at their absolute positions."""
-    rows, depths = committed.tokens.shape
-    depth = jnp.arange(depths, dtype=jnp.int32)[None]
-    num_tokens = committed.num_tokens[:, None]
-    first = state.context_len[:, None] + 1 - num_tokens
-    # One past the end is dropped: the way to write nothing with a fixed shape.
-    at = jnp.where(depth < num_tokens, first + depth, state.tokens.shape[1])
-    slot = jnp.broadcast_to(jnp.arange(rows)[:, None], at.shape)
-    state = state._replace(tokens=state.tokens.at[slot, at].set(committed.tokens, mode="drop"))
-    if state.logprobs is None or committed.logprobs is None:
-        return state
-    recorded = jax.tree.map(
-        lambda buffer, new: buffer.at[slot, at].set(new, mode="drop"), state.logprobs, committed.logprobs
-    )
-    return state._replace(logprobs=recorded)
 
 
 def _draft(

@@ -2,15 +2,16 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from idlm_jax.decoding.auto import stretches
+from idlm_jax.decoding.fixed_width import group_slots_of
 from idlm_jax.decoding.generate import PreparedBatch, prepare_batch
-from idlm_jax.decoding.loop import run_loop, run_prefill
+from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.method import ISD, Method
 from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
@@ -20,7 +21,12 @@ from idlm_jax.model.language_model import LanguageModel
 
 
 def stream_tokens(
-    lm: LanguageModel, prompt: Prompt, method: Method | None = None, sampling: SamplingParams | None = None
+    lm: LanguageModel,
+    prompt: Prompt,
+    method: Method | None = None,
+    sampling: SamplingParams | None = None,
+    *,
+    deterministic: Literal["bitwise"] | None = None,
 ) -> Iterator[list[int]]:
     """The ids that each forward commits, one non-empty list per forward; drafts are never seen.
 
@@ -29,7 +35,8 @@ def stream_tokens(
     sampling = SamplingParams() if sampling is None else sampling
     ids = encode_prompt(lm, prompt, 0)
     method = ISD() if method is None else method
-    prepared = prepare_batch(lm, [ids], method, [sampling])
+    prepared = prepare_batch(lm, [ids], method, [sampling], group_slots_of(deterministic))
+    run_prefill, _ = programs(prepared.plan)
     state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
     sent = len(ids)
     for now in itertools.chain([state], _forwards(lm, method, prepared, state)):
@@ -44,13 +51,19 @@ def _forwards(lm: LanguageModel, method: Method, prepared: PreparedBatch, state:
     if len(prepared.plans) > 1:
         yield from stretches(lm, prepared.plans, Pacer(method.menu), state, longest=1)
         return
+    _, run_loop = programs(prepared.plan)
     while int(state.finish[0]) == Finish.RUNNING:
         state = run_loop(lm.graph, lm.params, prepared.plan, state, jnp.int32(1))
         yield state
 
 
 def generate_stream(
-    lm: LanguageModel, prompt: Prompt, method: Method | None = None, sampling: SamplingParams | None = None
+    lm: LanguageModel,
+    prompt: Prompt,
+    method: Method | None = None,
+    sampling: SamplingParams | None = None,
+    *,
+    deterministic: Literal["bitwise"] | None = None,
 ) -> Iterator[str]:
     """Text pieces as they are committed; joined they are the completion's text.
 
@@ -63,7 +76,7 @@ def generate_stream(
         raise ValueError("generate_stream needs a tokenizer, and the model folder has none: use stream_tokens")
     decoder = DecodeStream(skip_special_tokens=True)
     backend: Any = lm.tokenizer.backend_tokenizer
-    for ids in stream_tokens(lm, prompt, method, sampling):
+    for ids in stream_tokens(lm, prompt, method, sampling, deterministic=deterministic):
         text = "".join(decoder.step(backend, token) or "" for token in ids)
         if text:
             yield text

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.bodies import Body
-from pallas_kernels.paged_attention import jax_triton, reference, tpu, triton
+from pallas_kernels.paged_attention import jax_triton, page_walk, reference, tpu, triton
 from pallas_kernels.paged_attention.rows import MAX_TREE_ROWS
 from pallas_kernels.paged_attention.tiles import TpuTiles, TritonTiles
 
@@ -82,6 +82,8 @@ def paged_attention(
         case Body.REFERENCE:
             mask = causal if visible is None else visible
             return reference.paged_attention(q, k_pages, v_pages, page_table, context_len, mask)
+        case Body.PAGE_WALK:
+            return page_walk.paged_attention(q, k_pages, v_pages, page_table, context_len, visible)
         case Body.TRITON | Body.JAX_TRITON:
             if not isinstance(tiles, TritonTiles | None):
                 raise TypeError(f"{tiles=} are not TritonTiles")
@@ -130,9 +132,10 @@ def write_pages(
     if not jnp.issubdtype(start.dtype, jnp.integer):
         raise TypeError(f"{start.dtype=} is not an integer dtype")
     match body:
-        case Body.REFERENCE:
+        case Body.REFERENCE | Body.PAGE_WALK:
+            module = reference if body is Body.REFERENCE else page_walk
             k_pages, v_pages = (
-                reference.write_pages(of_kind, tokens, page_table, start)
+                module.write_pages(of_kind, tokens, page_table, start)
                 for of_kind, tokens in zip(pages, new, strict=True)
             )
             return k_pages, v_pages

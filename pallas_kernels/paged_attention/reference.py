@@ -1,15 +1,15 @@
 """Paged attention in plain jnp: pages are gathered into one sequence per request, masks are explicit."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def write_pages(
-    pages: Float[Array, "P K page H"],
-    new: Float[Array, "B T K H"],
+    pages: Shaped[Array, "P K page H"],
+    new: Shaped[Array, "B T K H"],
     page_table: Int[Array, "B pages"],
     start: Int[Array, " B"],
-) -> Float[Array, "P K page H"]:
+) -> Shaped[Array, "P K page H"]:
     """Puts new row t of request b at slot `start[b] + t`; see the package for the contract."""
     page_size = pages.shape[2]
     if new.shape[:2] == (1, 1):

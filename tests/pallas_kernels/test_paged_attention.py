@@ -13,10 +13,14 @@ from pallas_kernels.bodies import Body
 from pallas_kernels.paged_attention import paged_attention, write_pages
 from pallas_kernels.paged_attention.tiles import TpuTiles, TritonTiles
 
-BODIES = [Body.REFERENCE, Body.TRITON, Body.TPU]
+PALLAS = [Body.TRITON, Body.TPU]
+BODIES = [Body.REFERENCE, Body.PAGE_WALK, *PALLAS]
+# Bodies that sum at absolute positions, page by page.
+POSITIONAL = [Body.PAGE_WALK, *PALLAS]
 # Several splits, several tiles a split, several row tiles and several pages a step already at 40 slots.
 TILES = {
     Body.REFERENCE: None,
+    Body.PAGE_WALK: None,
     Body.TRITON: TritonTiles(rows=16, keys=16, split=32),
     Body.TPU: TpuTiles(rows=16, pages_per_step=2),
 }
@@ -74,7 +78,7 @@ CASES = {
 
 def attend(body, *arguments, **options):
     tiles = TILES[body]
-    return jax.jit(functools.partial(paged_attention, body=body, interpret=body is not Body.REFERENCE, tiles=tiles))(
+    return jax.jit(functools.partial(paged_attention, body=body, interpret=body in PALLAS, tiles=tiles))(
         *arguments, **options
     )
 
@@ -123,7 +127,7 @@ def test_two_runs_agree_in_every_bit(body):
     np.testing.assert_array_equal(attend(body, *arguments), attend(body, *arguments))
 
 
-@pytest.mark.parametrize("body", [Body.TRITON, Body.TPU], ids=lambda body: body.value)
+@pytest.mark.parametrize("body", POSITIONAL, ids=lambda body: body.value)
 def test_a_request_has_the_same_bits_alone_among_others_and_with_more_capacity(body):
     arguments = Case(tokens=4, context_len=(70, 3, 41)).arguments()
     together = attend(body, *arguments)
@@ -135,7 +139,7 @@ def test_a_request_has_the_same_bits_alone_among_others_and_with_more_capacity(b
         np.testing.assert_array_equal(alone[0], together[request])
 
 
-@pytest.mark.parametrize("body", [Body.TRITON, Body.TPU], ids=lambda body: body.value)
+@pytest.mark.parametrize("body", POSITIONAL, ids=lambda body: body.value)
 @pytest.mark.parametrize("context_len", [13, 28, 31, 47])
 def test_a_token_has_the_same_bits_in_whichever_forward_it_arrives(body, context_len):
     """The last token of a window of four, read again as the only new token: slots are summed in the same order."""
@@ -166,14 +170,14 @@ def test_new_tokens_land_in_their_slots_and_nothing_else_changes(body, tokens, p
         table,
         context_len,
         body=body,
-        interpret=body is not Body.REFERENCE,
+        interpret=body in PALLAS,
     )
     for pool, expected in zip(got, want, strict=True):
         np.testing.assert_array_equal(pool, expected)
     del q
 
 
-@pytest.mark.parametrize("body", [Body.TRITON, Body.TPU], ids=lambda body: body.value)
+@pytest.mark.parametrize("body", PALLAS, ids=lambda body: body.value)
 def test_float32_tokens_are_rounded_to_the_dtype_of_the_pages(body):
     q, k_pages, v_pages, table, context_len = WINDOW.arguments(jnp.bfloat16)
     new = (jnp.full((3, 5, 2, 16), 1.001, jnp.float32),) * 2

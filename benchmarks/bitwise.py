@@ -1,0 +1,214 @@
+"""Does `deterministic="bitwise"` keep its word on real text, and what does it cost?
+
+make bitwise    # half an hour on two cores -> benchmarks/results/bitwise/<name>.{json,md}, written as it goes
+
+Held-out prompts are completed greedily by AR on the base model without its adapter, one prompt at a time, and by ISD
+with the adapter at every stride and batch size. Tokens and the checksums of their logits must not differ once.
+The default mode is compared in the same way (tokens; it reports no checksums), and timed against this one in turn.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import typer
+from tqdm import tqdm
+
+import idlm_jax
+from idlm_jax.config import DType
+from idlm_jax.decoding.generate import Completion
+from idlm_jax.decoding.method import Method
+from train.data.corpus import TextFile, read_corpus
+from train.data.settings import DatasetSettings
+
+RESULTS = Path("benchmarks/results/bitwise")
+LENGTHS = (4, 32)  # shortest and longest prompt
+DTYPES: tuple[DType, ...] = ("bfloat16", "float32")
+Mode = Literal["bitwise"] | None
+
+
+def heldout_cuts(model: str, tokenizer: Any, num_prompts: int, seed: int = 0) -> list[list[int]]:
+    """Stretches of mixed length from the files that the tiny model was not trained on, at random places."""
+    documents = read_corpus(DatasetSettings(tokenizer=model)).heldout
+    texts = [document.text for document in documents if isinstance(document, TextFile)]
+    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    encoded = [tokens for tokens in encoded if len(tokens) > LENGTHS[1]]
+    rng = np.random.default_rng(seed)
+    prompts = []
+    for _ in range(num_prompts):
+        tokens = encoded[rng.integers(len(encoded))]
+        length = int(rng.integers(LENGTHS[0], LENGTHS[1] + 1))
+        first = int(rng.integers(0, len(tokens) - length))
+        prompts.append(tokens[first : first + length])
+    return prompts
+
+
+def differences(found: Sequence[Completion], wanted: Sequence[Completion]) -> dict[str, int | None]:
+    """Places at which tokens and checksums differ, and prompts with a differing token."""
+    tokens = np.array([each.token_ids for each in found]) != np.array([each.token_ids for each in wanted])
+    sums = [(each.logit_checksums, other.logit_checksums) for each, other in zip(found, wanted, strict=True)]
+    has_sums = all(mine is not None and other is not None for mine, other in sums)
+    return {
+        "tokens": tokens.size,
+        "differing_tokens": int(tokens.sum()),
+        "differing_prompts": int(tokens.any(1).sum()),
+        "differing_checksums": int(sum((np.array(a) != np.array(b)).sum() for a, b in sums)) if has_sums else None,
+    }
+
+
+def measure(
+    model: Annotated[str, typer.Option(help="Hugging Face folder.")] = "assets/tiny-qwen3-py",
+    adapter: Annotated[Path, typer.Option(help="Gated adapter.")] = Path("assets/tiny-qwen3-py-isd"),
+    strides: Annotated[str, typer.Option(help="Comma-separated.")] = "2,4,8",
+    batches: Annotated[str, typer.Option(help="Comma-separated.")] = "1,7,32",
+    num_prompts: Annotated[int, typer.Option(help="A multiple of the batches compiles least.")] = 1120,
+    max_tokens: Annotated[int, typer.Option()] = 8,
+    rounds: Annotated[int, typer.Option(help="Of timing, each mode and method in turn.")] = 5,
+    timed_prompts: Annotated[int, typer.Option()] = 64,
+    name: Annotated[str, typer.Option(help="Of the result files.")] = "tiny-cpu",
+) -> None:
+    """Compares and times, and writes the tables."""
+    methods = [idlm_jax.ISD(stride=int(stride)) for stride in strides.split(",")]
+    sizes = [int(batch) for batch in batches.split(",")]
+    record: dict[str, Any] = {
+        "command": f"python -m benchmarks.bitwise --strides {strides} --batches {batches} --num-prompts {num_prompts} "
+        f"--max-tokens {max_tokens} --rounds {rounds} --timed-prompts {timed_prompts}",
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "model": model,
+        "adapter": str(adapter),
+        "identity": [],
+        "cost": [],
+    }
+    params = idlm_jax.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    cells: list[tuple[Mode, Method, int]] = [("bitwise", method, size) for size in sizes for method in methods]
+    cells += [(None, method, max(sizes)) for method in methods]
+    progress = tqdm(total=len(DTYPES) * (len(cells) + 3), unit="run")
+    for dtype in DTYPES:
+        base = idlm_jax.load(model, dtype=dtype)
+        lm = idlm_jax.load(model, dtype=dtype, adapter=adapter)
+        prompts = heldout_cuts(model, base.tokenizer, num_prompts)
+        baselines: dict[Mode, list[Completion]] = {}
+        alone: list[tuple[Mode, int]] = [("bitwise", 1), (None, max(sizes))]
+        for mode, batch in alone:
+            baselines[mode] = idlm_jax.generate(
+                base, prompts, idlm_jax.AR(), params, batch_size=batch, deterministic=mode
+            )
+            progress.update()
+        for mode, method, batch in cells:
+            found = idlm_jax.generate(lm, prompts, method, params, batch_size=batch, deterministic=mode)
+            record["identity"].append(
+                {
+                    "dtype": dtype,
+                    "mode": mode or "default",
+                    "stride": method.num_masks + 1,
+                    "batch": batch,
+                    "prompts": len(prompts),
+                    **differences(found, baselines[mode]),
+                    "accepted": sum(sum(each.accepted_by_depth) for each in found),
+                    "verified": sum(sum(each.verified_by_depth) for each in found),
+                }
+            )
+            write(record, name)
+            progress.update()
+        record["cost"] += cost(lm, prompts[:timed_prompts], params, sizes, rounds, dtype)
+        write(record, name)
+        progress.update()
+    print(markdown(record))
+
+
+def cost(
+    lm: idlm_jax.LanguageModel,
+    prompts: list[list[int]],
+    params: idlm_jax.SamplingParams,
+    sizes: Sequence[int],
+    rounds: int,
+    dtype: str,
+) -> list[dict[str, Any]]:
+    """Time per token and forwards per token, over those of AR in the default mode at the same batch."""
+    runs: list[tuple[Mode, Method]] = [
+        (mode, method) for mode in (None, "bitwise") for method in (idlm_jax.AR(), idlm_jax.ISD(stride=4))
+    ]
+    rows = []
+    for batch in (min(sizes), max(sizes)):
+        seconds = np.zeros((rounds, len(runs)))
+        forwards = [0] * len(runs)
+        for turn in range(-1, rounds):  # the first compiles
+            for column, (mode, method) in enumerate(runs):
+                start = time.perf_counter()
+                found = idlm_jax.generate(lm, prompts, method, params, batch_size=batch, deterministic=mode)
+                if turn >= 0:
+                    seconds[turn, column] = time.perf_counter() - start
+                forwards[column] = sum(each.num_forwards for each in found)
+        ratios = seconds / seconds[:, :1]
+        rows += [
+            {
+                "dtype": dtype,
+                "batch": batch,
+                "mode": mode or "default",
+                "method": "AR" if method.num_masks == 0 else f"ISD, N = {method.num_masks + 1}",
+                "forwards_over_ar": forwards[column] / forwards[0],
+                "time_over_ar": float(np.median(ratios[:, column])),
+                "time_over_ar_range": [float(ratios[:, column].min()), float(ratios[:, column].max())],
+            }
+            for column, (mode, method) in enumerate(runs)
+        ]
+    return rows
+
+
+def write(record: dict[str, Any], name: str) -> None:
+    """Both files, whatever has been measured so far."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(markdown(record))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The two tables."""
+    lines = [
+        f"# The bit-for-bit mode: {record['model']}",
+        "",
+        f"{record['date']}, {record['device']}, Python {record['versions']['python']}, jax "
+        f"{record['versions']['jax']}: `{record['command']}`.",
+        "",
+        f"Greedy. ISD with `{record['adapter']}` against AR of the base model without it: AR alone (batch 1) for the "
+        "bit-for-bit mode, AR at the same batch for the default mode, which reports no checksums. A row that is not "
+        "here has not been measured.",
+        "",
+        "| dtype | mode | N | batch | prompts | tokens | differing tokens | differing checksums | prompts that differ "
+        "| drafts accepted |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["identity"]:
+        sums = "-" if row["differing_checksums"] is None else row["differing_checksums"]
+        lines.append(
+            f"| {row['dtype']} | {row['mode']} | {row['stride']} | {row['batch']} | {row['prompts']:,} | "
+            f"{row['tokens']:,} | {row['differing_tokens']} | {sums} | {row['differing_prompts']} | "
+            f"{row['accepted'] / row['verified']:.1%} |"
+        )
+    lines += [
+        "",
+        "Cost, over AR in the default mode at the same batch, both with the adapter loaded; medians and ranges of "
+        "interleaved rounds. A CPU computes all 16 rows of a tile, so this says nothing about accelerators.",
+        "",
+        "| dtype | batch | mode | method | forwards | time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["cost"]:
+        low, high = row["time_over_ar_range"]
+        lines.append(
+            f"| {row['dtype']} | {row['batch']} | {row['mode']} | {row['method']} | {row['forwards_over_ar']:.2f} | "
+            f"{row['time_over_ar']:.2f} ({low:.2f}-{high:.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(measure)
