@@ -1,0 +1,206 @@
+"""Does "auto" keep up with the best fixed method at every load? Tokens a second of the engine, by callers at once.
+
+python -m benchmarks.load_aware    # a quarter of an hour on two idle cores -> benchmarks/results/load_aware/<name>.{json,md}
+
+One compiled device serves every method of the menu: "fixed" always chooses the same, "auto" as the server does, so that
+nothing differs but the choice. AR compiled by itself, without room for drafts, stands beside them. Callers wait for their
+answer and ask again. Methods take turns within a round, and rounds turn the order: ratios are taken inside rounds.
+"""
+
+import json
+import platform
+import queue
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from tqdm import tqdm
+
+import idlm_jax
+from idlm_jax.decoding.method import method_name
+from idlm_jax.decoding.pacing import Pacer
+from serve.config import EngineConfig
+from serve.device import Device
+from serve.engine import Engine
+from train.data import heldout_prompts
+
+RESULTS = Path("benchmarks/results/load_aware")
+AUTO, AR_ALONE = "auto", "AR, compiled alone"
+
+
+class Fixed(Pacer):
+    """Always the same method."""
+
+    def __init__(self, menu: Sequence[idlm_jax.AR | idlm_jax.ISD], index: int):
+        super().__init__(menu)
+        self._index = index
+
+    def choose(self, batch: int) -> int:
+        return self._index
+
+    def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
+        """Nothing follows from it."""
+
+
+def run(engine: Engine, prompts: Sequence[list[int]], params: idlm_jax.SamplingParams, callers: int) -> float:
+    """Tokens a second, from the first request to the last answer."""
+    ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    waiting = list(reversed(prompts))
+    start = time.perf_counter()
+
+    def ask() -> None:
+        engine.submit(
+            waiting.pop(), params, deliver=lambda piece: ended.put(True) if piece.finish_reason is not None else None
+        )
+
+    for _ in range(min(callers, len(waiting))):
+        ask()
+    for _ in range(len(prompts)):
+        ended.get()
+        if waiting:
+            ask()
+    return engine.stats().num_committed / (time.perf_counter() - start)
+
+
+def measure(
+    model: Annotated[str, typer.Option(help="Hugging Face folder.")] = "assets/tiny-qwen3-py",
+    adapter: Annotated[Path, typer.Option(help="Gated adapter.")] = Path("assets/tiny-qwen3-py-isd"),
+    dataset: Annotated[Path, typer.Option(help="With held-out prompts.")] = Path("runs/data/stdlib_256_lora"),
+    callers: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16,32,64",
+    max_stride: Annotated[int, typer.Option()] = 4,
+    max_tokens: Annotated[int, typer.Option()] = 64,
+    temperature: Annotated[float, typer.Option()] = 0.0,
+    rounds: Annotated[int, typer.Option(help="Counted; one to warm up comes first.")] = 5,
+    name: Annotated[str, typer.Option(help="Of the result files.")] = "tiny-cpu",
+) -> None:
+    """Measures every method at every load, and writes the tables."""
+    points = [int(each) for each in callers.split(",")]
+    lm = idlm_jax.load(model, adapter=adapter, dtype="float32")
+    config = EngineConfig(
+        method=idlm_jax.ISD(stride="auto", branches="auto", max_stride=max_stride),
+        max_running=max(points),
+        num_pages=max(points) * 4 + 1,
+        max_len=192,
+        prefill_shapes=((1, 64), (4, 64)),
+        caches_prefixes=False,
+    )
+    alone = EngineConfig(**{**vars(config), "method": idlm_jax.AR()})
+    with tqdm(unit="program", desc="compiling") as bar:
+
+        def show(done: int, total: int, program: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        device, ar_device = Device(lm, config, show), Device(lm, alone)
+    assert device.pacer is not None
+    menu = config.method.menu
+    pacers: dict[str, Pacer | None] = {method_name(method): Fixed(menu, index) for index, method in enumerate(menu)}
+    pacers |= {AUTO: device.pacer, AR_ALONE: None}
+    names = list(pacers)
+    timed = {batch: device.pacer.rates(batch) for batch in config.decode_buckets}
+    record: dict[str, Any] = {
+        "command": f"python -m benchmarks.load_aware --callers {callers} --max-stride {max_stride} --max-tokens "
+        f"{max_tokens} --temperature {temperature:g} --rounds {rounds}",
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "device": jax.devices()[0].device_kind,
+        "model": model,
+        "adapter": str(adapter),
+        "step_seconds": {
+            batch: {names[index]: device.pacer.tokens_per_forward(index) / rate for index, rate in rates.items()}
+            for batch, rates in timed.items()
+        },
+        "points": [],
+    }
+    params = idlm_jax.SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
+    every = heldout_prompts(dataset, max(64, 4 * max(points)), 48)
+    for count in tqdm(points, unit="load"):
+        prompts = every[: max(64, 4 * count)] if count > 1 else every[:32]
+        speeds = np.zeros((rounds, len(names)))
+        chosen: dict[str, int] = {}
+        for turn in range(-1, rounds):
+            for column in np.roll(range(len(names)), -turn):
+                which = names[column]
+                compiled, wanted = (ar_device, alone) if which == AR_ALONE else (device, config)
+                compiled.reset()
+                with Engine(lm, wanted, device=compiled, pacer=pacers[which]) as engine:
+                    speed = run(engine, prompts, params, count)
+                    steps = engine.stats().num_decode_forwards_by_method
+                if turn >= 0:
+                    speeds[turn, column] = speed
+                    if which == AUTO:
+                        chosen = {method: chosen.get(method, 0) + number for method, number in steps.items()}
+        record["points"].append(point(count, names, speeds, chosen))
+        write(record, name)
+    print(markdown(record))
+
+
+def point(callers: int, names: list[str], speeds: np.ndarray, chosen: dict[str, int]) -> dict[str, Any]:
+    """What one load gave: medians and ranges of ratios within rounds."""
+
+    def ratio(column: int, to: int) -> dict[str, float]:
+        ratios = speeds[:, column] / speeds[:, to]
+        return {"median": float(np.median(ratios)), "least": float(ratios.min()), "most": float(ratios.max())}
+
+    fixed = [column for column, name in enumerate(names) if name not in (AUTO, AR_ALONE)]
+    best = max(fixed, key=lambda column: float(np.median(speeds[:, column] / speeds[:, 0])))
+    auto = names.index(AUTO)
+    return {
+        "callers": callers,
+        "over_ar": {name: ratio(column, 0) for column, name in enumerate(names)},
+        "best_fixed": names[best],
+        "auto_over_best_fixed": ratio(auto, best),
+        "auto_over_ar_alone": ratio(auto, names.index(AR_ALONE)),
+        "chosen": chosen,
+    }
+
+
+def write(record: dict[str, Any], name: str) -> None:
+    """Both files, whatever has been measured so far."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(markdown(record))
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The two tables."""
+
+    def cell(ratio: dict[str, float]) -> str:
+        return f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['most']:.2f})"
+
+    names = list(record["points"][0]["over_ar"])[1:]
+    lines = [
+        f"# Load-aware stride: {record['model']}",
+        "",
+        f"{record['date']}, {record['device']}, float32, Python {record['versions']['python']}, jax "
+        f"{record['versions']['jax']}: `{record['command']}`. Tokens a second of the engine over AR in the same "
+        "round; median of rounds, with least and most.",
+        "",
+        "| callers | " + " | ".join(names) + " |",
+        "| --- " * (len(names) + 1) + "|",
+    ]
+    for each in record["points"]:
+        lines.append(f"| {each['callers']} | " + " | ".join(cell(each["over_ar"][name]) for name in names) + " |")
+    lines += [
+        "",
+        "| callers | best fixed | auto over it | auto over AR compiled alone | what auto chose |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for each in record["points"]:
+        total = sum(each["chosen"].values())
+        shares = sorted(each["chosen"].items(), key=lambda item: -item[1])
+        chosen = ", ".join(f"{name} {number / total:.0%}" for name, number in shares if number >= 0.005 * total)
+        lines.append(
+            f"| {each['callers']} | {each['best_fixed']} | {cell(each['auto_over_best_fixed'])} | "
+            f"{cell(each['auto_over_ar_alone'])} | {chosen} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    typer.run(measure)
