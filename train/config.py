@@ -166,12 +166,6 @@ class TrainConfig:
         tuple[float, ...],
         Field(description="factors on the noisy loss of the 1st, 2nd, ... MASK of a block; empty: all 1"),
     ] = ()
-    correction_weight: Annotated[
-        float,
-        Field(
-            ge=0, description="c: factor 1 + c P on a block's noisy loss, P the chance that it follows a refused draft"
-        ),
-    ] = 0.0
     curriculum: Annotated[
         tuple[Stage, ...],
         Field(description="stages of the run, each with its own warm-up and decay; empty: one stage"),
@@ -256,13 +250,10 @@ class TrainConfig:
         self._check_weights()
 
     def _check_weights(self) -> None:
-        extra = [self.kl_weight, self.tv_weight, self.correction_weight, *self.depth_weights]
+        extra = [self.kl_weight, self.tv_weight, *self.depth_weights]
         extra += [weight for stage in self.curriculum for weight in (stage.kl_weight, stage.tv_weight)]
         if self.objective == "ar" and any(extra):
-            raise ValueError(
-                "kl_weight, tv_weight, depth_weights and correction_weight need objective=introspective: ar has no "
-                "drafts"
-            )
+            raise ValueError("kl_weight, tv_weight and depth_weights need objective=introspective: ar has no drafts")
         if any(weight < 0 for weight in self.depth_weights):
             raise ValueError(f"depth_weights={list(self.depth_weights)} must not be negative")
         if self.depth_weights and len(self.depth_weights) != self.block_length:

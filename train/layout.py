@@ -43,8 +43,6 @@ class ObjectiveSettings:
         tv_weight: of the total variation between p and q, likewise: one minus the expected acceptance.
         depth_weights: factor on all noisy terms of the MASK rows at depth 0, 1, ...: `block_length` of them,
             or none for all ones.
-        correction_weight: c: all noisy terms of a block are multiplied by 1 + c P, where P is the chance that the
-            token under its first MASK, which its drafts do not see, was committed in place of a refused draft.
     """
 
     block_length: int
@@ -54,12 +52,11 @@ class ObjectiveSettings:
     kl_weight: float = 0.0
     tv_weight: float = 0.0
     depth_weights: tuple[float, ...] = ()
-    correction_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.block_length <= 15:
             raise ValueError(f"{self.block_length=} must be in 1..15: strides go from 2 to 16")
-        for name in ("clean_weight", "kl_weight", "tv_weight", "correction_weight"):
+        for name in ("clean_weight", "kl_weight", "tv_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
         if not all(0 <= weight < math.inf for weight in self.depth_weights):
@@ -112,13 +109,6 @@ class Layout(NamedTuple):
         """The factor on every noisy row's terms: its depth's, or 1 where a prompt token is fed."""
         by_depth = jnp.asarray(depth_weights, jnp.float32)[self.depth]
         return jnp.where(self.is_mask, by_depth, 1.0)
-
-    def before_block(self, values: Float[Array, "B L"], block_length: int) -> Float[Array, "B L"]:
-        """For every row, the value of the last row before its block; 0 in a document's first block."""
-        place, found = self.positions - self.block_start, jnp.zeros_like(values)
-        for distance in range(block_length):
-            found = jnp.where(place == distance, _before(values, distance + 1), found)
-        return jnp.where(self.block_start > 0, found, 0.0)
 
     def count_rows(self) -> RowCounts:
         noisy, clean = (jnp.sum(rows, dtype=jnp.float32) for rows in (self.is_noisy_scored, self.is_clean_scored))

@@ -49,10 +49,8 @@ def introspective_loss(
     over the N scored noisy rows, counted without their weights w, so that a weight of 2 is twice the gradient.
     q is the noisy stream's distribution at the row, p the clean stream's, both for the same token and both as
     decoding takes them: without the MASK id. p is a constant target. TV is one minus the chance that a draft
-    from q is accepted at temperature 1. With `correction_weight` c, w is also 1 + c max(0, 1 - q(x) / p(x)), a
-    constant, x the first token of the row's block: given that x was committed, the chance that it was so in place of
-    a refused draft from q, the last MASK before the block. A row fed a prompt token (`LabelRows.AUTOMODEL`) is no
-    draft: it has weight 1 and neither KL nor TV.
+    from q is accepted at temperature 1. A row fed a prompt token (`LabelRows.AUTOMODEL`) is no draft: it has
+    weight 1 and neither KL nor TV.
 
     With an adapter (`config.lora`) the base counts as frozen: the adapter acts on MASK rows alone, clean rows
     are the base's own, the loss is the noisy one, and nothing is differentiated through the clean stream.
@@ -88,9 +86,6 @@ def introspective_loss(
     ce_noisy, ce_clean = jnp.split(ce, 2, axis=1)
     is_noisy, is_draft = layout.is_noisy_scored, layout.is_draft_scored
     weights = layout.row_weights(settings.depth_weights) if settings.depth_weights else jnp.ones_like(ce_noisy)
-    if settings.correction_weight:
-        behind = layout.before_block(_correction_probs(layout, ce_noisy, ce_clean), settings.block_length)
-        weights = jnp.where(layout.is_mask, weights * (1 + settings.correction_weight * behind), weights)
     weighted_ce, clean = _mean_over(is_noisy, weights * ce_noisy), _mean_over(layout.is_clean_scored, ce_clean)
 
     metrics = {"ce_noisy": _mean_over(is_noisy, ce_noisy), "ce_clean": clean}
@@ -307,14 +302,6 @@ def _cross_entropy(
 
 def _count(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
     return jnp.sum(is_counted, dtype=jnp.float32)
-
-
-def _correction_probs(
-    layout: Layout, ce_noisy: Float[Array, "B L"], ce_clean: Float[Array, "B L"]
-) -> Float[Array, "B L"]:
-    """The chance that each row's label was drawn from (p - q)+, given that it was drawn; 0 where nothing is drafted."""
-    probs = jnp.maximum(-jnp.expm1(jax.lax.stop_gradient(ce_clean - ce_noisy)), 0.0)
-    return jnp.where(layout.is_draft_scored & layout.is_clean_scored, probs, 0.0)
 
 
 def _divergences(

@@ -52,7 +52,6 @@ def objective_settings(config: TrainConfig, span: Span) -> ObjectiveSettings:
         kl_weight=span.kl_weight,
         tv_weight=span.tv_weight,
         depth_weights=span.depth_weights,
-        correction_weight=config.correction_weight,
     )
 
 

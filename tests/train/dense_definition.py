@@ -129,17 +129,6 @@ def dense_loss(module, chosen, alpha):
     weights = jnp.asarray(
         [by_depth.get(d, 1.0) if fed_mask else 1.0 for d, fed_mask in zip(depth, is_draft, strict=True)]
     )
-    full = [jax.nn.softmax(half) for half in logits]  # MASK included, as in the cross-entropies
-    for row, (line, at) in enumerate(zip(b, i, strict=True)):
-        offset = int(batch.block_phase[line, at]) % chosen.block_length
-        place = (int(batch.positions[line, at]) + offset) % chosen.block_length
-        first, last = at - place, at - place - 1  # first row of the block, last row before it
-        if place > batch.positions[line, at] - 1 or not (is_draft[row] and clean_scored[line, last]):
-            continue
-        if batch.is_response[line, last]:  # else `first` follows the prompt: nothing was drafted there
-            q_first, p_first = (half[line, last, batch.tokens[line, first]] for half in full)
-            is_correction = jax.lax.stop_gradient(jnp.maximum(p_first - q_first, 0) / p_first)
-            weights = weights.at[row].multiply(1 + chosen.correction_weight * is_correction)
     extra = jnp.where(jnp.asarray(is_draft), chosen.kl_weight * kl + chosen.tv_weight * tv, 0.0)
     b, i = np.nonzero(clean_scored)
     ce_clean = jnp.mean(-jax.nn.log_softmax(logits[1][b, i])[jnp.arange(len(b)), jnp.asarray(labels[b, i])])

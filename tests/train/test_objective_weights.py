@@ -31,14 +31,12 @@ def sharp_module():
     ("block_length", "changes"),
     [
         (3, {"tv_weight": 3.0, "depth_weights": (1.0, 0.5, 0.0), "label_rows": LabelRows.OFFICIAL}),
-        (3, {"correction_weight": 9.0}),
         (
             2,
             {
                 "kl_weight": 0.7,
                 "tv_weight": 0.4,
                 "depth_weights": (2.0, 0.25),
-                "correction_weight": 5.0,
                 "label_rows": LabelRows.AUTOMODEL,
                 "auto_balance": True,
             },
@@ -131,15 +129,3 @@ def test_weights_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match=r"one weight per depth: .*block_length=3"):
         settings(3, depth_weights=(1.0, 0.5))
     assert dataclasses.replace(settings(2), depth_weights=(0.0, 1.0)).depth_weights == (0.0, 1.0)
-
-
-def test_what_stands_before_a_block_is_of_its_own_document():
-    """Documents of 4 and 5 tokens, grids shifted by 1: blocks 01|23 and 01|234."""
-    segments, positions = np.array([[1] * 4 + [2] * 5]), np.array([[*range(4), *range(5)]])
-    whole = np.ones_like(segments)
-    batch = Batch(
-        *(array.astype(np.int32) for array in (whole, segments, positions)), whole > 0, whole.astype(np.int32)
-    )
-    values = jnp.arange(10.0, 19.0)[None]
-    before = lay_out(batch, settings(3)).before_block(values, 3)
-    np.testing.assert_array_equal(before, [[0, 0, 11, 11, 0, 0, 15, 15, 15]])
