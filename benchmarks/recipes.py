@@ -1,6 +1,6 @@
 """Which recipe converts best: acceptance and tokens per forward against training tokens, on the tiny model.
 
-    python -m benchmarks.recipes run     # hours on two cores; done runs are kept, so it can be stopped and started
+    python -m benchmarks.recipes run     # hours on two cores; runs stay in runs/recipes: stop and start it
     python -m benchmarks.recipes report  # docs/recipes.md and its plot, from what `run` wrote
 
 Every recipe starts from assets/tiny-qwen3-py and sees the same rows in the same order, a seed apart; those on the
@@ -79,7 +79,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, ce, own text": {**LORA, **OWN, "dataset": own_text(1.0)},
     "lora, ce + tv, own text": {**LORA, **OWN, "tv_weight": 1.0, "dataset": own_text(1.0)},
     "lora, ce + tv, own greedy text": {**LORA, **OWN, "tv_weight": 1.0, "dataset": own_text(0.0)},
-    "lora, ce + tv, corrections": {**LORA, "tv_weight": 1.0, "correction_weight": 4.0},
 }
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -240,12 +239,12 @@ def _page(results: dict[str, list[dict[str, Any]]]) -> str:
             _spread([point["ce_clean"] for point in last]),
         ]
         lines.append("| " + " | ".join(columns) + " |")
-    lines += _decoding_tables(results)
     dates = sorted({record["date"] for record in records})
     versions = records[0]["versions"]
     lines += [
         "",
         "![held-out acceptance and implied tokens per forward against training tokens](images/recipes.png)",
+        *_decoding_tables(results),
         "",
         f"Measured {dates[0]} to {dates[-1]} on CPU, float32, Python {versions['python']}, jax {versions['jax']}, by "
         "`python -m benchmarks.recipes run`; this page is written by `python -m benchmarks.recipes report` from "
@@ -265,8 +264,8 @@ def _decoding_tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         "## What decoding sees",
         "",
         "Own text: the base's own continuations at temperature 1 (greedy: at 0) of the first 32 tokens of the corpus's "
-        "training documents, 224 tokens each, the only part that is masked and scored; `idlm continue` writes it, and "
-        f"as many rows of it are trained on. Corrections: `correction_weight` 4. TPF here is over {NUM_PROMPTS} "
+        "training documents, 224 tokens each, the only part that is masked and scored: seven eighths; `idlm continue` "
+        f"writes it, and as many rows of it are trained on. TPF here is over {NUM_PROMPTS} "
         "held-out prompts by 64 tokens, with one group of MASKs and with two placed ones; in brackets the ratio to "
         f'"{REFERENCE}" at the same seeds. Acceptance is the mean of min(1, p/q) over the drafts that decoding '
         "verified (one group, T=1), and, teacher-forced, the sum of min(p, q) on own text that was held out. Intervals "
