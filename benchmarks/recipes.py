@@ -1,17 +1,16 @@
 """Which recipe converts best: acceptance and tokens per forward against training tokens, on the tiny model.
 
-    python -m benchmarks.recipes run     # hours on two cores; done runs are kept, so it can be stopped and started
+    python -m benchmarks.recipes run     # hours on two cores; runs stay in runs/recipes: stop and start it
     python -m benchmarks.recipes report  # docs/recipes.md and its plot, from what `run` wrote
 
-Every recipe starts from assets/tiny-qwen3-py and sees the same rows in the same order, a seed apart.
+Every recipe starts from assets/tiny-qwen3-py and sees the same rows in the same order, a seed apart; those on the
+model's own text see as many rows of that, which the first run writes.
 """
 
 import json
 import math
 import platform
-import shutil
 import statistics
-import tempfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -21,22 +20,30 @@ import jax
 import typer
 
 import idlm_jax
+from benchmarks.drafts import fewer_forwards, mean_interval, measure_drafts, with_interval
 from idlm_jax.cli.evaluate import heldout_means
-from idlm_jax.decoding.compare import compare_methods
-from train.config import TrainConfig, config_from_mapping
-from train.data import heldout_prompts
+from idlm_jax.decoding.method import AR, ISD
+from train.config import config_from_mapping
+from train.data import DatasetSettings, build_dataset, heldout_prompts
+from train.data.continuations import ContinueSettings, continue_documents
 from train.loop import run_training
 from train.metrics import read_metrics
 
 BASE = "assets/tiny-qwen3-py"
 RESULTS = Path("benchmarks/results/recipes")
+RUNS = Path("runs/recipes")
 BLOCK_LENGTH = 3
 STRIDE = BLOCK_LENGTH + 1
+CORPUS = "runs/data/stdlib_256_lora"
+# The rows of a run, 160 x 8, and those that packing holds out.
+NUM_OWN_DOCUMENTS = 1360
+NUM_PROMPTS = 64
+REFERENCE = "lora, ce + tv"
 
 COMMON: dict[str, Any] = {
     "objective": "introspective",
     "init_from": BASE,
-    "dataset": {"path": "runs/data/stdlib_256_lora", "build": {"tokenizer": BASE, "max_seq_len": 256}},
+    "dataset": {"path": CORPUS, "build": {"tokenizer": BASE, "max_seq_len": 256}},
     "block_length": BLOCK_LENGTH,
     "random_block_phase": True,
     "steps": 160,
@@ -48,7 +55,17 @@ COMMON: dict[str, Any] = {
     "eval_batches": 8,
     "log_every": 20,
 }
+
+
+def own_text(temperature: float) -> dict[str, Any]:
+    """Rows of what the base says itself, behind the first tokens of the corpus's documents."""
+    path = f"runs/data/own_text_t{temperature:g}"
+    return {"path": path, "build": {"roots": [f"{path}.jsonl"], "tokenizer": BASE, "max_seq_len": 256}}
+
+
 LORA: dict[str, Any] = {"lora": {"rank": 64, "alpha": 64}, "learning_rate": 2e-3}
+# Evaluated once, at the end: on the way it would be on another text than the other recipes.
+OWN: dict[str, Any] = {"eval_every": 0}
 # Name -> what it changes. The first is plain CE_noisy + 0.2 CE_clean.
 RECIPES: dict[str, dict[str, Any]] = {
     "ce": {},
@@ -59,6 +76,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora, ce": LORA,
     "lora, ce + kl": {**LORA, "kl_weight": 1.0},
     "lora, ce + tv": {**LORA, "tv_weight": 1.0},
+    "lora, ce, own text": {**LORA, **OWN, "dataset": own_text(1.0)},
+    "lora, ce + tv, own text": {**LORA, **OWN, "tv_weight": 1.0, "dataset": own_text(1.0)},
+    "lora, ce + tv, own greedy text": {**LORA, **OWN, "tv_weight": 1.0, "dataset": own_text(0.0)},
 }
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -68,6 +88,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 def run(
     seeds: Annotated[str, typer.Option(help="Seeds, comma-separated; every recipe at each.")] = "0,1,2",
     recipe: Annotated[list[str] | None, typer.Option(help="Only these; repeat for several.")] = None,
+    again: Annotated[bool, typer.Option(help="Measure also what has a result.")] = False,
 ) -> None:
     """Trains and measures what has no result yet."""
     unknown = set(recipe or ()) - set(RECIPES)
@@ -78,59 +99,75 @@ def run(
     for seed in map(int, seeds.split(",")):
         for name in recipe or RECIPES:
             result = _result_path(name, seed)
-            if not result.exists():
+            if again or not result.exists():
                 record = measure(name, seed)
                 result.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 print(f"{name}, seed {seed}: {record['methods']}", flush=True)
 
 
+def write_own_text(temperature: float) -> None:
+    """Lets the base continue the corpus's documents, and packs that; what is there is kept."""
+    build_dataset(DatasetSettings(tokenizer=BASE, max_seq_len=256), CORPUS)
+    dataset = own_text(temperature)
+    (jsonl,) = dataset["build"]["roots"]
+    # ISD is exact and AR draws from the same distribution, on a CPU, where rows cost time, in a fifth of it.
+    continue_documents(
+        Path(CORPUS),
+        Path(jsonl),
+        ContinueSettings(model=BASE, temperature=temperature),
+        lm=_load(BASE),
+        method=AR(),
+        limit=NUM_OWN_DOCUMENTS,
+        show_progress=True,
+    )
+    build_dataset(DatasetSettings(roots=(jsonl,), tokenizer=BASE, max_seq_len=256), dataset["path"])
+
+
 def measure(name: str, seed: int) -> dict[str, Any]:
     """One run: the held-out curve, then ISD on held-out prompts, greedy and at temperature 1."""
-    with tempfile.TemporaryDirectory() as folder:
-        values = COMMON | RECIPES[name] | {"seed": seed, "run_name": "run", "output_dir": folder}
-        config = config_from_mapping(values)
-        exported = run_training(config).export_dir
-        assert exported is not None  # a run that is not stopped is exported
-        curve = [record for record in read_metrics(config.run_dir) if record["kind"] == "eval"]
-        lm = _load(BASE, adapter=exported) if config.lora else _load(exported)
-        shutil.rmtree(config.run_dir / "checkpoints")
-        dataset = Path(config.dataset.path)
-        prompts = heldout_prompts(dataset, 32, 48)
-        methods = {}
-        for temperature in (0.0, 1.0):
-            params = [
-                idlm_jax.SamplingParams(max_tokens=64, temperature=temperature, seed=index, ignore_eos=True)
-                for index in range(len(prompts))
-            ]
-            ar, isd = compare_methods(lm, prompts, [idlm_jax.ISD(stride=STRIDE)], params, batch_size=32, rounds=1)
-            if temperature == 0.0 and isd.num_identical != len(prompts):
-                raise AssertionError(f"{name}, seed {seed}: greedy ISD differs from AR")
-            methods[f"temperature_{temperature:g}"] = {
-                "tokens_per_forward_ar": ar.tokens_per_forward,
-                "tokens_per_forward": isd.tokens_per_forward,
-                "acceptance_rate": isd.acceptance_rate,
-            }
-        return {
-            "recipe": name,
-            "seed": seed,
-            "changes": RECIPES[name],
-            "tokens_per_step": config.batch_size * 256,
-            "before": _before(dataset, config),
-            "curve": curve,
-            "methods": methods,
-            "date": date.today().isoformat(),
-            "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        }
+    values = COMMON | RECIPES[name] | {"seed": seed, "run_name": _slug(name, seed), "output_dir": str(RUNS)}
+    config = config_from_mapping(values)
+    for temperature in (1.0, 0.0):  # the first is measured on by every recipe
+        if temperature or values["dataset"] == own_text(temperature):
+            write_own_text(temperature)
+    exported = run_training(config).export_dir
+    assert exported is not None  # a run that is not stopped is exported
+    curve = [record for record in read_metrics(config.run_dir) if record["kind"] == "eval"]
+    lm = _load(BASE, adapter=exported) if config.lora else _load(exported)
+    prompts = heldout_prompts(Path(CORPUS), NUM_PROMPTS, 48)
+    methods = {}
+    for temperature in (0.0, 1.0):
+        few = prompts[::2]
+        params = [
+            idlm_jax.SamplingParams(max_tokens=64, temperature=temperature, seed=index, ignore_eos=True)
+            for index in range(len(few))
+        ]
+        completions = idlm_jax.generate(lm, few, ISD(stride=STRIDE), params, batch_size=32)
+        tokens = [each.token_ids for each in completions]
+        if temperature == 0.0 and tokens != [each.token_ids for each in idlm_jax.generate(lm, few, AR(), params)]:
+            raise AssertionError(f"{name}, seed {seed}: greedy ISD differs from AR")
+        rate = sum(map(len, tokens)) / sum(each.num_forwards for each in completions)
+        methods[f"temperature_{temperature:g}"] = {"tokens_per_forward": rate}
+    return {
+        "recipe": name,
+        "seed": seed,
+        "changes": RECIPES[name],
+        "tokens_per_step": config.batch_size * 256,
+        "before": _heldout(_load(BASE), CORPUS),
+        "curve": curve,
+        "heldout": _heldout(lm, CORPUS),
+        "heldout_own_text": _heldout(lm, own_text(1.0)["path"]),
+        "methods": methods,
+        "drafts": measure_drafts(lm, prompts, [ISD(STRIDE, branches=branches) for branches in (1, 2, STRIDE)]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
 
 
-def _before(dataset: Path, config: TrainConfig) -> dict[str, float]:
-    """The same held-out measures of the base, on the rows that the run's evaluations read."""
+def _heldout(lm: idlm_jax.LanguageModel, dataset: str) -> dict[str, float]:
+    """Teacher-forced measures, on the rows that a run's evaluations read."""
     return heldout_means(
-        _load(BASE),
-        dataset,
-        block_length=BLOCK_LENGTH,
-        batch_size=config.batch_size,
-        limit=config.eval_batches,
+        lm, Path(dataset), block_length=BLOCK_LENGTH, batch_size=COMMON["batch_size"], limit=COMMON["eval_batches"]
     )
 
 
@@ -145,9 +182,13 @@ def implied_tokens_per_forward(record: dict[str, float]) -> float:
     return 1 + sum(math.prod(rates[: depth + 1]) for depth in range(BLOCK_LENGTH))
 
 
+def _slug(name: str, seed: int) -> str:
+    words = "".join(c if c.isalnum() else " " for c in name).split()
+    return f"{'_'.join(words)}-seed{seed}"
+
+
 def _result_path(name: str, seed: int) -> Path:
-    slug = "_".join("".join(c if c.isalnum() else " " for c in name).split())
-    return RESULTS / f"{slug}-seed{seed}.json"
+    return RESULTS / f"{_slug(name, seed)}.json"
 
 
 def _results() -> dict[str, list[dict[str, Any]]]:
@@ -175,15 +216,15 @@ def _page(results: dict[str, list[dict[str, Any]]]) -> str:
         f"`assets/tiny-qwen3-py` (3M parameters), {tokens:,} training tokens each ({COMMON['steps']} steps of "
         f"{COMMON['batch_size']} x 256), block length {BLOCK_LENGTH}, decoded at stride {STRIDE}; mean over seeds with "
         "the spread from lowest to highest. Acceptance is exact, sum of min(p, q) at held-out MASK rows after true "
-        "prefixes; tokens per forward (TPF) are counted while decoding 32 held-out prompts by 64 tokens, prefills "
-        "included. `ce_clean` is next-token loss: what the conversion costs the model as an AR one "
+        "prefixes of the corpus; tokens per forward (TPF) are counted while decoding 32 held-out prompts by 64 tokens, "
+        "prefills included. `ce_clean` is next-token loss: what the conversion costs the model as an AR one "
         f"({before['ce_clean']:.3f} before). With an adapter it cannot move: the clean stream is the base.",
         "",
         "| recipe | seeds | acceptance | by depth | TPF, T=0 | TPF, T=1 | ce_clean |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, group in results.items():
-        last = [record["curve"][-1] for record in group]
+        last = [_last(record) for record in group]
         depths = " ".join(
             f"{statistics.mean(point[f'acceptance/depth_{depth}'] for point in last):.3f}"
             for depth in range(BLOCK_LENGTH)
@@ -203,12 +244,83 @@ def _page(results: dict[str, list[dict[str, Any]]]) -> str:
     lines += [
         "",
         "![held-out acceptance and implied tokens per forward against training tokens](images/recipes.png)",
+        *_decoding_tables(results),
         "",
         f"Measured {dates[0]} to {dates[-1]} on CPU, float32, Python {versions['python']}, jax {versions['jax']}, by "
         "`python -m benchmarks.recipes run`; this page is written by `python -m benchmarks.recipes report` from "
         "`benchmarks/results/recipes/`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _decoding_tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What decoding sees of the recipes whose drafts were told apart."""
+    watched = {name: [each for each in group if "drafts" in each] for name, group in results.items()}
+    watched = {name: group for name, group in watched.items() if group}
+    if REFERENCE not in watched:
+        return []
+    lines = [
+        "",
+        "## What decoding sees",
+        "",
+        "Own text: the base's own continuations at temperature 1 (greedy: at 0) of the first 32 tokens of the corpus's "
+        "training documents, 224 tokens each, the only part that is masked and scored: seven eighths; `idlm continue` "
+        f"writes it, and as many rows of it are trained on. TPF here is over {NUM_PROMPTS} "
+        "held-out prompts by 64 tokens, with one group of MASKs and with two placed ones; in brackets the ratio to "
+        f'"{REFERENCE}" at the same seeds. Acceptance is the mean of min(1, p/q) over the drafts that decoding '
+        "verified (one group, T=1), and, teacher-forced, the sum of min(p, q) on own text that was held out. Intervals "
+        "are 95 %, over prompts; those of several seeds, which share the prompts, are averaged.",
+        "",
+        "| recipe | seeds | acceptance, own text | decoding | TPF, T=0 | 2 branches | TPF, T=1 | 2 branches |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, group in watched.items():
+        pairs = [(each, other) for each in group for other in watched[REFERENCE] if other["seed"] == each["seed"]]
+        decoding = mean_interval([_drafts(each, 1.0, 1)["acceptance"] for each in group])
+        columns = [
+            name,
+            str(len(group)),
+            _spread([each["heldout_own_text"]["acceptance"] for each in group]),
+            with_interval(decoding),
+        ]
+        for temperature in (0.0, 1.0):
+            for branches in (1, 2):
+                rates = [_drafts(each, temperature, branches)["tokens_per_forward"] for each in group]
+                ratios = [
+                    fewer_forwards(_drafts(each, temperature, branches), _drafts(other, temperature, branches))
+                    for each, other in pairs
+                ]
+                compared = "" if name == REFERENCE else f" [{with_interval(mean_interval(ratios))}]" if ratios else ""
+                columns.append(f"{statistics.mean(rate['mean'] for rate in rates):.3f}{compared}")
+        lines.append("| " + " | ".join(columns) + " |")
+    lines += [
+        "",
+        f"Acceptance by depth while decoding at T=1 with a group behind every prefix ({STRIDE} branches), by what "
+        "stands between the group's prefix and its drafts, unseen: the bonus token of a forward that accepted all "
+        "drafts, or the correction of a refused one.",
+        "",
+        "| recipe | behind a bonus, depth 1 | 2 | 3 | behind a correction, depth 1 | 2 | 3 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, group in watched.items():
+        kinds = [_drafts(each, 1.0, STRIDE)["by_kind"] for each in group]
+        columns = [
+            with_interval(mean_interval([kind[which][depth] for kind in kinds]))
+            for which in ("bonus", "correction")
+            for depth in range(BLOCK_LENGTH)
+        ]
+        lines.append("| " + " | ".join([name, *columns]) + " |")
+    return lines
+
+
+def _drafts(record: dict[str, Any], temperature: float, branches: int) -> dict[str, Any]:
+    rows = (row for row in record["drafts"] if (row["temperature"], row["branches"]) == (temperature, branches))
+    return next(rows)
+
+
+def _last(record: dict[str, Any]) -> dict[str, float]:
+    """The measures at the end of a run on held-out rows of the corpus, whatever it was trained on."""
+    return record["heldout"] if "dataset" in record["changes"] else record["curve"][-1]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -224,6 +336,8 @@ def _plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for name, group in results.items():
+        if "dataset" in RECIPES[name]:
+            continue  # evaluated on the way, it would be on another text
         style = "--" if "lora" in RECIPES[name] else "-"
         curves = [[record["before"], *record["curve"]] for record in group]
         tokens = [0, *(point["step"] * group[0]["tokens_per_step"] for point in group[0]["curve"])]

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from idlm_jax.cli.continuations import continue_documents
 from idlm_jax.cli.demo import demo
 from idlm_jax.cli.evaluate import evaluate
 from idlm_jax.cli.export import export
@@ -25,6 +26,7 @@ app.command(name="eval")(evaluate)
 app.command()(pack)
 app.command()(show)
 app.command()(regenerate)
+app.command(name="continue")(continue_documents)
 app.command()(demo)
 
 

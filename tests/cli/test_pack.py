@@ -1,4 +1,4 @@
-"""`idlm pack`, `show` and `regenerate` from the terminal."""
+"""`idlm pack`, `show`, `regenerate` and `continue` from the terminal."""
 
 import inspect
 import json
@@ -13,7 +13,7 @@ from idlm_jax.model.language_model import from_module
 from tests.support.tiny_model import tiny_module
 from tests.train.data.conftest import python_text, write_corpus
 from train.data import DatasetSettings, read_report
-from train.data.tokenizer import train_tokenizer
+from train.data.tokenizer import load_tokenizer, train_tokenizer
 
 
 def run(monkeypatch, *arguments) -> int:
@@ -86,7 +86,7 @@ def test_a_folder_without_a_tokenizer_is_one_line(monkeypatch, capsys, tmp_path)
     assert "holds no tokenizer that transformers can load" in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["pack", "show", "regenerate"])
+@pytest.mark.parametrize("command", ["pack", "show", "regenerate", "continue"])
 def test_the_data_commands_explain_themselves(command, monkeypatch, capsys):
     assert run(monkeypatch, command, "--help") == 0
     assert len(capsys.readouterr().out) > 400
@@ -111,6 +111,22 @@ def test_a_regenerated_file_packs(monkeypatch, capsys, tmp_path):
     report = read_report(tmp_path / "set")
     assert report.train.documents + report.heldout.documents == 12
     assert report.train.response_tokens > report.train.documents
+
+
+def test_a_continued_dataset_packs(monkeypatch, capsys, tmp_path):
+    corpus, own = write_corpus(tmp_path / "corpus"), tmp_path / "own.jsonl"
+    options = ["--root", corpus, "--vocab-size", 300, "--max-seq-len", 64, "--heldout-fraction", 0.2]
+    assert run(monkeypatch, "pack", "--out", tmp_path / "set", *options) == 0
+    tokenizer = load_tokenizer(tmp_path / "set" / "tokenizer")
+    module = tiny_module(vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id)
+    idlm_jax.export_hf(from_module(module, tokenizer=tokenizer), tmp_path / "lm")
+    options = ["--model", tmp_path / "lm", "--prompt-tokens", 9, "--max-tokens", 6, "--limit", 12, "--dtype", "float32"]
+    assert run(monkeypatch, "continue", tmp_path / "set", own, *options) == 0
+    assert "own.jsonl: 12 documents" in capsys.readouterr().out
+    options = ["--root", own, "--tokenizer", tmp_path / "lm", "--max-seq-len", 16, "--heldout-fraction", 0.3]
+    assert run(monkeypatch, "pack", "--out", tmp_path / "own", *options) == 0
+    report = read_report(tmp_path / "own")
+    assert report.train.tokens > report.train.response_tokens > 0
 
 
 def test_regenerate_refuses_what_cannot_work(monkeypatch, capsys, tmp_path):

@@ -56,8 +56,7 @@ class RegenerateSettings:
 
     def seed_of(self, line: int, turn: int) -> int:
         """A seed in [0, 2**31) of its own for each answer, whatever is answered before or beside it."""
-        digest = hashlib.sha256(f"{self.seed} {line} {turn}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
+        return seed_of(self.seed, line, turn)
 
 
 class Chat(NamedTuple):
@@ -201,12 +200,12 @@ def regenerate(
             line = dialogue.line
             if dialogue.left_out is None:
                 finish_reason = "stop" if dialogue.is_finished else "length"
-                _append(out_file, {"line": line, "messages": dialogue.messages, "finish_reason": finish_reason})
+                append_record(out_file, {"line": line, "messages": dialogue.messages, "finish_reason": finish_reason})
                 finished[line], failed_in_a_row = dialogue.is_finished, 0
                 left_out.pop(line, None)
                 continue
             reason, detail = dialogue.left_out
-            _append(log_file, {"line": line, "reason": reason, "detail": detail})
+            append_record(log_file, {"line": line, "reason": reason, "detail": detail})
             left_out[line] = reason
             failed_in_a_row = failed_in_a_row + 1 if reason == FAILED else 0
             if failed_in_a_row == MAX_FAILED_IN_A_ROW:
@@ -253,7 +252,7 @@ def read_chats(source: Path) -> list[Chat]:
 
 def _resume(out: Path, log: Path, header: dict[str, Any]) -> tuple[dict[int, bool], dict[int, str]]:
     """What is done: line -> whether finished, and line -> why it was left out. Begins the log if there is none."""
-    answered, logged = _complete_lines(out), _complete_lines(log)
+    answered, logged = complete_records(out), complete_records(log)
     if not logged:
         if answered:
             raise ValueError(f"{out} exists and {log.name} beside it does not: choose another output file")
@@ -267,7 +266,13 @@ def _resume(out: Path, log: Path, header: dict[str, Any]) -> tuple[dict[int, boo
     return finished, left_out
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def seed_of(seed: int, line: int, turn: int) -> int:
+    """A seed in [0, 2**31) of its own for each line and turn of a file."""
+    digest = hashlib.sha256(f"{seed} {line} {turn}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def complete_records(path: Path) -> list[dict[str, Any]]:
     """Records of a file that a kill may have torn; the torn end is cut off."""
     if not path.exists():
         return []
@@ -280,7 +285,8 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path} was not written by this command: {error}") from None
 
 
-def _append(file: Any, record: dict[str, Any]) -> None:
+def append_record(file: Any, record: dict[str, Any]) -> None:
+    """Adds a line, at once."""
     # ASCII escapes: a server may send half a surrogate pair, which UTF-8 cannot encode.
     file.write(json.dumps(record) + "\n")
     file.flush()
