@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next test-page chromium soak eval proofs bitwise compiled plans lint clean
+.PHONY: help demo test test-fast test-next test-page chromium soak eval proofs bitwise report compiled plans lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -63,6 +63,9 @@ proofs: .venv/.dev .venv-next/.dev .venv-eval/.installed  ## the longest tests: 
 
 bitwise: .venv/.dev  ## benchmarks/results/bitwise/: AR and ISD in the bit-for-bit mode on 1,120 held-out prompts
 	.venv/bin/python -m benchmarks.bitwise
+
+report: .venv/.dev  ## docs/results.md, from the committed results
+	.venv/bin/python -m benchmarks.report
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.compiled

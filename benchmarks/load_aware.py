@@ -1,10 +1,10 @@
 """Does "auto" keep up with the best fixed method at every load? Tokens a second of the engine, by callers at once.
 
-python -m benchmarks.load_aware    # a quarter of an hour on two idle cores -> benchmarks/results/load_aware/<name>.{json,md}
+python -m benchmarks.load_aware    # on two idle cores, a quarter of an hour -> benchmarks/results/load_aware/
 
 One compiled device serves every method of the menu: "fixed" always chooses the same, "auto" as the server does, so that
-nothing differs but the choice. AR compiled by itself, without room for drafts, stands beside them. Callers wait for their
-answer and ask again. Methods take turns within a round, and rounds turn the order: ratios are taken inside rounds.
+nothing differs but the choice. AR compiled by itself, without room for drafts, stands beside them. Callers wait for
+their answer and ask again. Methods take turns within a round, and rounds turn the order; ratios are taken in rounds.
 """
 
 import json

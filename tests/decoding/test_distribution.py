@@ -109,6 +109,13 @@ def test_the_official_rule_fails_the_same_test(lm, params):
     assert p_value(lm, ISD(stride=3, proposals="argmax", rule="official"), params) < FALSE_ALARM**2
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("method", [ISD(stride=3, rule="coupled"), ISD(stride="auto", branches="auto")], ids=str)
+def test_coupled_samples_follow_it_too(lm, method):
+    """They are AR's own (test_coupled.py), so this is the same claim twice."""
+    assert p_value(lm, method, FILTERED) >= FALSE_ALARM
+
+
 def test_exact_distribution_sums_to_one_over_all_sequences(lm):
     expected = exact_distribution(lm, PLAIN)
     assert len(expected) == len(list(itertools.product(range(6), repeat=LENGTH)))
