@@ -23,13 +23,13 @@ TRIAL = 4  # forwards by which a method is timed; they decode like all others
 
 def run_auto(lm: LanguageModel, plans: Sequence[StepPlan], pacer: Pacer, state: DecodeState) -> DecodeState:
     """Decodes until every slot is done, as `stretches`."""
-    for after in stretches(lm, plans, pacer, state):
+    for after in stretches(lm, plans, pacer, state, longest=STRETCH):
         state = after
     return state
 
 
 def stretches(
-    lm: LanguageModel, plans: Sequence[StepPlan], pacer: Pacer, state: DecodeState, *, longest: int = STRETCH
+    lm: LanguageModel, plans: Sequence[StepPlan], pacer: Pacer, state: DecodeState, *, longest: int
 ) -> Iterator[DecodeState]:
     """Decodes until every slot is done, and yields the state after each stretch: read it before asking for the next.
 

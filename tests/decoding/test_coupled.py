@@ -107,6 +107,46 @@ def test_any_sequence_of_methods_says_the_same(lm, ar, monkeypatch):
     assert run_loop._cache_size() == compiled
 
 
+class Cycle(Pacer):
+    """Each of some methods in turn."""
+
+    turns = (0,)
+
+    def is_timed(self, batch: int, index: int) -> bool:
+        return True
+
+    def follow_seconds(self, batch: int, index: int, seconds: float) -> None: ...
+
+    def choose(self, batch: int) -> int:
+        self.num_chosen = getattr(self, "num_chosen", -1) + 1
+        return self.turns[self.num_chosen % len(self.turns)]
+
+
+@pytest.fixture
+def cycle(monkeypatch):
+    monkeypatch.setattr(sys.modules["idlm_jax.decoding.generate"], "Pacer", Cycle)
+    monkeypatch.setattr("idlm_jax.decoding.auto.STRETCH", 1)
+    return lambda *turns: monkeypatch.setattr(Cycle, "turns", turns)
+
+
+def test_a_short_stride_drafts_alike_where_there_is_room_for_a_longer_one(lm, cycle):
+    """Tokens would be right with any drafts; how many forwards they take would not."""
+    cycle(1)
+    fixed = generate(lm, PROMPTS, SHORT.menu[1], PARAMS)
+    among_others = generate(lm, PROMPTS, SHORT, PARAMS)
+    # The prefill is the menu's longest, so the first forward already verifies the same first draft.
+    assert [each.num_forwards for each in among_others] == [each.num_forwards for each in fixed]
+    assert [each.accepted_by_depth[:1] for each in among_others] == [each.accepted_by_depth for each in fixed]
+
+
+def test_no_draft_outlives_a_forward_of_ar(lm, cycle):
+    cycle(0, 2)
+    completions = generate(lm, PROMPTS, SHORT, PARAMS)
+    assert sum(sum(each.verified_by_depth) for each in completions) == 0
+    cycle(2, 0)  # but for the prefill's
+    assert sum(sum(each.verified_by_depth) for each in generate(lm, PROMPTS, SHORT, PARAMS)) > 0
+
+
 @pytest.mark.slow
 def test_a_stream_of_auto_is_the_completion(lm, ar):
     assert [token for piece in stream_tokens(lm, PROMPTS[5], SHORT, PARAMS[5]) for token in piece] == ar[5]

@@ -19,6 +19,7 @@ AUTO = dataclasses.replace(
     method=ISD(stride="auto", branches=2),
     decode_batches=(4,),
     prefill_shapes=((1, 16),),
+    max_logprobs=2,
 )
 TIGHT = dataclasses.replace(AUTO, num_pages=13)
 PROMPTS = random_prompts(24, 40, 11, seed=1)
@@ -26,6 +27,7 @@ PARAMS = [
     SamplingParams(max_tokens=16 + seed % 7, temperature=0.5 * (seed % 3), top_k=(seed % 3) * 4, seed=seed)
     for seed in range(24)
 ]
+PARAMS[4] = dataclasses.replace(PARAMS[4], logprobs=2)
 
 
 class Dice(Pacer):
@@ -72,8 +74,15 @@ def test_any_sequence_of_methods_says_what_ar_says(lm, engine_of, config):
     dice = Dice()
     engine = engine_of(config, dice)
     handles = [engine.submit(*each) for each in zip(PROMPTS, PARAMS, strict=True)]
-    results = [handle.result()[0] for handle in handles]
+    pieces = [list(handle) for handle in handles]
+    results = [[token for piece in each for token in piece.token_ids] for each in pieces]
     assert results == [each.token_ids for each in generate(lm, PROMPTS, AR(), PARAMS)]
+    [wanted] = generate(lm, PROMPTS[4:5], AR(), PARAMS[4:5])
+    reported = [entry for piece in pieces[4] for entry in piece.logprobs or ()]
+    assert wanted.logprobs is not None and [entry.token_id for entry in reported] == results[4]
+    np.testing.assert_allclose(
+        [entry.logprob for entry in reported], [entry.logprob for entry in wanted.logprobs], rtol=1e-4
+    )
     stats = engine.stats()
     assert set(dice.chosen) == {0, 1, 2} and all(stats.num_decode_forwards_by_method.values())
     assert sum(stats.num_decode_forwards_by_method.values()) == stats.num_decode_forwards
