@@ -81,14 +81,14 @@ def p_value(lm: LanguageModel, method: AR | ISD, params: SamplingParams) -> floa
     "method",
     [
         pytest.param(AR(), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=2), marks=pytest.mark.slow),
+        pytest.param(ISD(stride=2), marks=pytest.mark.proof),
         ISD(stride=3),
         ISD(stride=4, branches=2),
-        pytest.param(ISD(stride=4), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=3, branches=3), marks=pytest.mark.slow),
+        pytest.param(ISD(stride=4), marks=pytest.mark.proof),
+        pytest.param(ISD(stride=3, branches=3), marks=pytest.mark.proof),
         pytest.param(ISD(stride=4, branches=4, proposals="argmax"), marks=pytest.mark.slow),
         pytest.param(ISD(stride=3, proposals="argmax"), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=4, proposals="argmax"), marks=pytest.mark.slow),
+        pytest.param(ISD(stride=4, proposals="argmax"), marks=pytest.mark.proof),
     ],
     ids=str,
 )

@@ -32,7 +32,7 @@ def ids(completions) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("stride", [*(pytest.param(stride, marks=pytest.mark.slow) for stride in (2, 3, 8)), 4])
-@pytest.mark.parametrize("name", ["idlm", "r_isd"])
+@pytest.mark.parametrize("name", [pytest.param("idlm", marks=pytest.mark.proof), "r_isd"])
 def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
     lm = request.getfixturevalue(name)
     prompts = random_prompts(200, 20, 11)
@@ -50,7 +50,7 @@ def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
     ("stride", "branches"),
     [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 2), (8, 3), (8, 8))), (4, 4)],
 )
-@pytest.mark.parametrize("name", ["idlm", "r_isd"])
+@pytest.mark.parametrize("name", [pytest.param("idlm", marks=pytest.mark.proof), "r_isd"])
 def test_branches_change_no_greedy_token_and_save_forwards(name, stride, branches, request):
     lm = request.getfixturevalue(name)
     prompts = random_prompts(200, 20, 11)

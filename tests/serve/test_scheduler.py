@@ -139,7 +139,7 @@ def test_no_page_leaks_has_two_owners_or_is_shared_before_it_is_committed(machin
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=60,
+            max_examples=30,
             stateful_step_count=60,
             deadline=None,
             derandomize=True,
