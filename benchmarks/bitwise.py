@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ import typer
 from tqdm import tqdm
 
 import idlm_jax
+from benchmarks.bit_identity import Mode, cuts, differences
 from idlm_jax.config import DType
 from idlm_jax.decoding.generate import Completion
 from idlm_jax.decoding.method import Method
@@ -28,38 +29,13 @@ from train.data.corpus import TextFile, read_corpus
 from train.data.settings import DatasetSettings
 
 RESULTS = Path("benchmarks/results/bitwise")
-LENGTHS = (4, 32)  # shortest and longest prompt
 DTYPES: tuple[DType, ...] = ("bfloat16", "float32")
-Mode = Literal["bitwise"] | None
 
 
-def heldout_cuts(model: str, tokenizer: Any, num_prompts: int, seed: int = 0) -> list[list[int]]:
-    """Stretches of mixed length from the files that the tiny model was not trained on, at random places."""
+def heldout_texts(model: str) -> list[str]:
+    """The files that the tiny model was not trained on."""
     documents = read_corpus(DatasetSettings(tokenizer=model)).heldout
-    texts = [document.text for document in documents if isinstance(document, TextFile)]
-    encoded = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    encoded = [tokens for tokens in encoded if len(tokens) > LENGTHS[1]]
-    rng = np.random.default_rng(seed)
-    prompts = []
-    for _ in range(num_prompts):
-        tokens = encoded[rng.integers(len(encoded))]
-        length = int(rng.integers(LENGTHS[0], LENGTHS[1] + 1))
-        first = int(rng.integers(0, len(tokens) - length))
-        prompts.append(tokens[first : first + length])
-    return prompts
-
-
-def differences(found: Sequence[Completion], wanted: Sequence[Completion]) -> dict[str, int | None]:
-    """Places at which tokens and checksums differ, and prompts with a differing token."""
-    tokens = np.array([each.token_ids for each in found]) != np.array([each.token_ids for each in wanted])
-    sums = [(each.logit_checksums, other.logit_checksums) for each, other in zip(found, wanted, strict=True)]
-    has_sums = all(mine is not None and other is not None for mine, other in sums)
-    return {
-        "tokens": tokens.size,
-        "differing_tokens": int(tokens.sum()),
-        "differing_prompts": int(tokens.any(1).sum()),
-        "differing_checksums": int(sum((np.array(a) != np.array(b)).sum() for a, b in sums)) if has_sums else None,
-    }
+    return [document.text for document in documents if isinstance(document, TextFile)]
 
 
 def measure(
@@ -90,11 +66,12 @@ def measure(
     params = idlm_jax.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     cells: list[tuple[Mode, Method, int]] = [("bitwise", method, size) for size in sizes for method in methods]
     cells += [(None, method, max(sizes)) for method in methods]
+    texts = heldout_texts(model)
     progress = tqdm(total=len(DTYPES) * (len(cells) + 3), unit="run")
     for dtype in DTYPES:
         base = idlm_jax.load(model, dtype=dtype)
         lm = idlm_jax.load(model, dtype=dtype, adapter=adapter)
-        prompts = heldout_cuts(model, base.tokenizer, num_prompts)
+        prompts = cuts(texts, base.tokenizer, num_prompts)
         baselines: dict[Mode, list[Completion]] = {}
         alone: list[tuple[Mode, int]] = [("bitwise", 1), (None, max(sizes))]
         for mode, batch in alone:

@@ -111,6 +111,9 @@ def serve(
     quantization: Annotated[
         Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits (one device).")
     ] = None,
+    deterministic: Annotated[
+        Literal["bitwise"] | None, typer.Option(help="Bits that depend on neither stride nor load; one device; slower.")
+    ] = None,
     kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
     coordinator: Annotated[
         str | None,
@@ -164,6 +167,7 @@ def serve(
         caches_prefixes=not disable_radix_cache,
         max_logprobs=None if max_logprobs < 0 else max_logprobs,
         shapes=extras,
+        deterministic=deterministic,
     )
     with tqdm(unit="program", desc="compiling", disable=not cluster.is_first()) as bar:
 

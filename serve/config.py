@@ -1,8 +1,10 @@
 """Sizes and choices of one engine, fixed at start-up because programs are compiled for them."""
 
 import dataclasses
+from typing import Literal
 
 from idlm_jax.config import ModelConfig
+from idlm_jax.decoding.fixed_width import group_slots_of
 from idlm_jax.decoding.generate import bucket
 from idlm_jax.decoding.method import ISD, Method
 from idlm_jax.decoding.sampling import MAX_BIASES
@@ -31,6 +33,8 @@ class EngineConfig:
         specialised: also compile decode programs for steps whose requests are all greedy, use neither top-k nor top-p,
             or nothing beyond these. They are faster, not different.
         caches_prefixes: keep the pages of finished requests for later ones that begin alike.
+        deterministic: "bitwise" gives every token the logits that it has in `generate(deterministic="bitwise")`, bit
+            for bit, whatever else is served. One device; slower.
     """
 
     method: Method = dataclasses.field(default_factory=ISD)
@@ -48,6 +52,7 @@ class EngineConfig:
     shapes: bool = False
     specialised: bool = True
     caches_prefixes: bool = True
+    deterministic: Literal["bitwise"] | None = None
 
     def __post_init__(self) -> None:
         for name in "max_running page_size chunk_rows max_queued max_stop_ids".split():
@@ -63,6 +68,10 @@ class EngineConfig:
             raise ValueError(f"{self.decode_batches=} must end at {self.max_running=}")
         if self.prefill_shapes and not any(requests == 1 for requests, _ in self.prefill_shapes):
             raise ValueError(f"{self.prefill_shapes=} must hold a shape for one request")
+        if self.group_slots is not None and self.page_size != PAGE_SIZE:
+            raise ValueError(
+                f"{self.page_size=} must be {PAGE_SIZE} with {self.deterministic=}: attention sums by pages"
+            )
 
     @property
     def num_biases(self) -> int:
@@ -74,12 +83,21 @@ class EngineConfig:
         return self.method.num_masks + 1
 
     @property
+    def group_slots(self) -> int | None:
+        """As in `StepPlan`."""
+        return group_slots_of(self.deterministic)
+
+    def whole_groups(self, requests: int) -> int:
+        """Slots of a program for so many requests: more only in the bit-for-bit mode."""
+        slots = self.group_slots or 1
+        return -(-requests // slots) * slots
+
+    @property
     def decode_buckets(self) -> tuple[int, ...]:
         """Batch sizes of the decode programs, ascending."""
-        if self.decode_batches:
-            return tuple(sorted(self.decode_batches))
-        powers = (1 << exponent for exponent in range((self.max_running - 1).bit_length()))
-        return (*powers, self.max_running)
+        powers = [1 << exponent for exponent in range((self.max_running - 1).bit_length())]
+        sizes = self.decode_batches or (*powers, self.max_running)
+        return tuple(sorted({self.whole_groups(size) for size in sizes}))
 
     def limits(self, model: ModelConfig) -> Limits:
         """The sizes that the scheduler plans within.

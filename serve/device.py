@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Int, UInt
 
+from idlm_jax.decoding.loop import BITWISE_OPTIONS
 from idlm_jax.decoding.method import Method, StepPlan, step_plan
 from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.sampling import SamplingParams
@@ -84,14 +85,18 @@ class Device:
             progress: called after each program.
 
         Raises:
-            ValueError: ISD is asked of a model without a MASK id, or the mesh does not fit the model (`mesh_of`).
+            ValueError: ISD is asked of a model without a MASK id, the mesh does not fit the model (`mesh_of`), or the
+                bit-for-bit mode is asked of a mesh or of windows that are wider than its tiles.
         """
         if config.method.num_masks and lm.config.mask_token_id is None:
             raise ValueError(f"{config.method} needs a MASK id and this model has none: load it with one, or use AR()")
         mesh = mesh_of(lm)
+        is_bitwise = config.group_slots is not None
+        if is_bitwise and mesh is not None:
+            raise ValueError(f"{config.deterministic=} serves on one device, and the model was loaded on {mesh.size}")
         limits = config.limits(lm.config)
         menu = config.method.menu
-        self.layout = layout_of(limits, config.max_stop_ids, config.num_biases)
+        self.layout = layout_of(limits, config.max_stop_ids, config.num_biases, is_bitwise=is_bitwise)
         self._leaves, tree = jax.tree.flatten(lm.params)
         self._shapes, self._num_mask_words = config.shapes, mask_words(lm.config.vocab_size)
         self._num_anchors = [method.num_masks + 1 for method in menu]
@@ -121,7 +126,8 @@ class Device:
             words = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=everywhere)
             masks = jax.ShapeDtypeStruct(self._mask_shape(kind, shape[0], choice), jnp.uint32, sharding=everywhere)
             shaped = (masks,) if self._takes_masks(level) else ()
-            step = jax.jit(program, donate_argnums=1, out_shardings=step_where, compiler_options=INFERENCE_OPTIONS)
+            options = BITWISE_OPTIONS if is_bitwise else INFERENCE_OPTIONS
+            step = jax.jit(program, donate_argnums=1, out_shardings=step_where, compiler_options=options)
             return step.lower(self._leaves, state, words, *shaped)
 
         windows: list[tuple[Kind, tuple[int, int], Draws, int]] = [
@@ -133,7 +139,7 @@ class Device:
         # A prefill gives a slot to its request with all that it may want, and few of its rows end in logits: one
         # program for whatever is drawn.
         chunks: list[tuple[Kind, tuple[int, int], Draws, int]] = [
-            ("prefill", (requests, prefill_words(self.layout, rows)), levels[-1], widest)
+            ("prefill", (config.whole_groups(requests), prefill_words(self.layout, rows)), levels[-1], widest)
             for requests, rows in limits.prefill_shapes
         ]
         lowered |= {name: lower(*name) for name in windows + chunks}
@@ -237,6 +243,7 @@ def _plan(lm: LanguageModel, config: EngineConfig, method: Method, level: Draws,
         all_greedy=level is Draws.GREEDY,
         num_top_logprobs=config.max_logprobs if level is Draws.FULL else None,
         mesh=mesh,
+        group_slots=config.group_slots,
     )
 
 

@@ -73,7 +73,8 @@ class Engine:
         """
         limits = config.limits(lm.config)
         self._lm, self._config = lm, config
-        self._layout = layout_of(limits, config.max_stop_ids, config.num_biases)
+        is_bitwise = config.group_slots is not None
+        self._layout = layout_of(limits, config.max_stop_ids, config.num_biases, is_bitwise=is_bitwise)
         if device is None:
             device = compiled = Device(lm, config, progress)
             pacer = compiled.pacer
@@ -321,8 +322,9 @@ class Engine:
         if step.chunks:
             self._num_prefills += 1
             fixed = [self._handles[chunk.request.number].fixed_words for chunk in step.chunks]
-            words = pack_chunks(self._layout, step.chunks, fixed, step.prefill_shape)
-            masks, _ = self._constraints(step.chunks, (step.prefill_shape[0], 1))
+            batch, rows = self._config.whole_groups(step.prefill_shape[0]), step.prefill_shape[1]
+            words = pack_chunks(self._layout, step.chunks, fixed, (batch, rows))
+            masks, _ = self._constraints(step.chunks, (batch, 1))
             chunks = self._device.prefill(words, masks)
         return Launched(step, windows, chunks)
 
@@ -365,6 +367,8 @@ class Engine:
     def _commit(self, request: Request, outcome: Outcome) -> None:
         handle = self._handles[request.number]
         handle.count(outcome.tally)
+        if outcome.checksums is not None:
+            handle.logit_checksums += outcome.checksums
         reason = REASONS[outcome.finish]
         num_top = handle.params.logprobs
         piece = Piece(outcome.tokens, reason, logprobs=None if num_top is None else unpack_logprobs(outcome, num_top))

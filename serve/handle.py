@@ -58,6 +58,7 @@ class RequestHandle:
         self.draws: Draws = draws_of(params, has_grammar=constraint is not None)
         self.fixed_words = fixed_words
         self.num_extra_forwards = 0  # prefill forwards before the one that commits
+        self.logit_checksums: list[int] = []  # as in `Completion`: one a token in the bit-for-bit mode, else none
         self._abort = abort
         self._pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self.deliver = self._pieces.put if deliver is None else deliver

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from idlm_jax.decoding.generate import TokenLogprob
+from idlm_jax.decoding.method import TILE_ROWS
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.shaping import Wishes
 from idlm_jax.decoding.state import Committed, DecodeState
@@ -32,13 +33,16 @@ class Layout(NamedTuple):
     max_new_pages: int  # that one window may add to it
     idle_slot: int  # where the rows of a batch live that nobody uses
     num_biases: int  # of one request
+    has_checksums: bool  # of the logits behind each token: the bit-for-bit mode
 
 
-def layout_of(limits: Limits, num_stop_ids: int, num_biases: int) -> Layout:
+def layout_of(limits: Limits, num_stop_ids: int, num_biases: int, *, is_bitwise: bool = False) -> Layout:
     """The layout for a scheduler with these limits."""
     num_masks = limits.stride - 1
     # A padded chunk may start at the last token of the longest prompt, and is written to some page all the same.
     last_slot = limits.max_len + max(rows for _, rows in limits.prefill_shapes) + limits.window_len
+    if is_bitwise:  # the chunk's last tile, and a window's, are written whole
+        last_slot += 2 * TILE_ROWS
     return Layout(
         num_masks=num_masks,
         num_stop_ids=num_stop_ids,
@@ -47,6 +51,7 @@ def layout_of(limits: Limits, num_stop_ids: int, num_biases: int) -> Layout:
         max_new_pages=-(-(2 * limits.stride + limits.window_len) // limits.page_size) + 1,
         idle_slot=limits.num_slots,
         num_biases=num_biases,
+        has_checksums=is_bitwise,
     )
 
 
@@ -195,6 +200,8 @@ def pack_outcome(state: DecodeState, committed: Committed) -> Int[Array, "B word
     columns = [committed.num_tokens, state.finish, state.num_proposals, counts.forwards, counts.cold_starts]
     probs = jax.lax.bitcast_convert_type(counts.accept_prob, jnp.int32)
     words = [jnp.stack(columns, axis=1), counts.verified, counts.accepted, probs, state.proposals, committed.tokens]
+    if committed.checksums is not None:
+        words.append(jax.lax.bitcast_convert_type(committed.checksums, jnp.int32))
     if committed.logprobs is not None:
         batch = committed.tokens.shape[0]
         chosen, top_ids, top = committed.logprobs
@@ -241,6 +248,7 @@ class Outcome(NamedTuple):
     tally: Tally
     # Log-probabilities [C], ids [C, A] and log-probabilities [C, A] of alternatives; None if the program reports none.
     reported: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    checksums: list[int] | None  # of the tokens' logits; bit-for-bit mode only
 
 
 def unpack_logprobs(outcome: Outcome, num_top: int) -> list[TokenLogprob]:
@@ -266,7 +274,8 @@ def unpack_outcome(layout: Layout, words: np.ndarray, num_rows: int) -> list[Out
     masks = layout.num_masks
     at_drafts = 5 + 3 * masks
     at_tokens = at_drafts + masks
-    end = at_tokens + num_rows
+    at_sums = at_tokens + num_rows
+    end = at_sums + num_rows * layout.has_checksums
     num_top = (words.shape[1] - end) // num_rows // 2  # one column for the chosen, two for every alternative
     is_reported = words.shape[1] > end
     probs = words[:, 5 + 2 * masks : at_drafts].view(np.float32)
@@ -280,6 +289,7 @@ def unpack_outcome(layout: Layout, words: np.ndarray, num_rows: int) -> list[Out
             shape = num_rows, num_top
             reported = chosen.view(np.float32), top_ids.reshape(shape), top.view(np.float32).reshape(shape)
         tokens = ints[at_tokens : at_tokens + num_tokens]
+        sums = row[at_sums : at_sums + num_tokens].view(np.uint32).tolist() if layout.has_checksums else None
         drafts = ints[at_drafts : at_drafts + num_proposals]
-        outcomes.append(Outcome(tokens, finish, drafts, tally, reported))
+        outcomes.append(Outcome(tokens, finish, drafts, tally, reported, sums))
     return outcomes

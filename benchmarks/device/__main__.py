@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from benchmarks.device import serve_steps, torch_rivals, train_steps
+from benchmarks.device import exact, serve_steps, torch_rivals, train_steps
 from benchmarks.device.budget import Budget
 from benchmarks.device.case import KERNEL_BODY, Case, setting_of
 from benchmarks.device.cases import OPS, cases_of
 from benchmarks.device.checks import FAIL, check_all
 from benchmarks.device.compiling import Compiler
+from benchmarks.device.exact import ExactCase, compare
 from benchmarks.device.floors import measure_floors
 from benchmarks.device.report import Report, default_folder, describe_environment
 from benchmarks.device.serve_steps import ServeCase, time_serving
@@ -31,6 +32,8 @@ Checks, times and tunes the kernels on the accelerator of this machine.
   run.sh tune quantized_matmul       tries tile sizes, prints the winners as text for the op's tiles.py
   run.sh train                       whole training steps: 8B with an adapter, 24 layers of 8B, 0.6B, 1.7B; MFU
   run.sh serve                       the server's decode step, 8B: AR and ISD at several batches and contexts
+  run.sh exact                       tiny model, 1,120 prompts: R-ISD against AR, tokens and logit checksums; resumed
+                                     where --out holds part of it from this device, revision and driver
   run.sh kernels --dry               the same path on a CPU in seconds: tiny shapes, interpreters, no figures
 
 A run ends within --budget-s whatever happens: what no longer fits is listed as "skipped (time)".
@@ -129,12 +132,25 @@ def run_serve(options: argparse.Namespace, cases: list[ServeCase], report: Repor
         _finish(compiler, report, budget, options.out, "serve")
 
 
-WHOLE_STEPS: dict[str, Any] = {"train": train_steps, "serve": serve_steps}
+def run_exact(options: argparse.Namespace, cases: list[ExactCase], report: Report, budget: Budget) -> None:
+    """Compares R-ISD with AR, token for token and checksum for checksum, in both modes and dtypes."""
+    compiler = Compiler()
+    try:
+        before = {line.case: line for line in report.resumed(options.out)}
+        for lines in compare(cases, before, budget, is_dry=bool(options.dry)):
+            report.exact = list(lines.values())
+            report.write(options.out, "exact")
+    finally:
+        _finish(compiler, report, budget, options.out, "exact")
+
+
+OWN_CASES: dict[str, Any] = {"train": train_steps, "serve": serve_steps, "exact": exact}
 PARTS: dict[str, Callable[[argparse.Namespace, Any, Report, Budget], None]] = {
     "kernels": run_kernels,
     "tune": run_tune,
     "train": run_train,
     "serve": run_serve,
+    "exact": run_exact,
 }
 
 
@@ -142,7 +158,8 @@ def _finish(compiler: Compiler, report: Report, budget: Budget, folder: Path, pa
     report.elapsed_s = budget.elapsed_s
     report.write(folder, part)
     print(report.markdown())
-    print(f"\n{len(report.checks)} checks, {report.num_failed} failed; {budget.elapsed_s:.0f} s; {folder / part}.json")
+    num_checks = len(report.checks) + len(report.exact)
+    print(f"\n{num_checks} checks, {report.num_failed} failed; {budget.elapsed_s:.0f} s; {folder / part}.json")
     for check in report.checks:
         if check.status == FAIL:
             print(f"FAIL {check.case} {check.program}: {check.problem}")
@@ -166,7 +183,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"run.sh: {error}", file=sys.stderr)
         return 2
     cases: Sequence[Any]
-    if steps := WHOLE_STEPS.get(options.part):
+    if steps := OWN_CASES.get(options.part):
         ops = (options.part,)
         cases = [case for case in (steps.DRY if options.dry else steps.CASES) if options.shapes in case.name]
     else:

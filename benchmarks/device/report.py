@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks.device.checks import FAIL, Check
+from benchmarks.device.exact import ExactLine
 from benchmarks.device.floors import Floors
 from benchmarks.device.serve_steps import ServeSpeed
 from benchmarks.device.speed import Speed
@@ -37,6 +38,7 @@ class Report:
         speeds: our bodies and their rivals.
         steps: whole training steps.
         serving: decode steps of the server.
+        exact: R-ISD against AR, bit for bit.
         torch: lines of `torch_rivals.py`, or why there are none.
         candidates: tile choices.
         tiles_entry: the winners, as text for `tiles.py`.
@@ -50,6 +52,7 @@ class Report:
     speeds: list[Speed] = dataclasses.field(default_factory=list)
     steps: list[StepSpeed] = dataclasses.field(default_factory=list)
     serving: list[ServeSpeed] = dataclasses.field(default_factory=list)
+    exact: list[ExactLine] = dataclasses.field(default_factory=list)
     torch: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     tiles_entry: str = ""
@@ -57,7 +60,19 @@ class Report:
 
     @property
     def num_failed(self) -> int:
-        return sum(check.status == FAIL for check in self.checks)
+        return sum(check.status == FAIL for check in self.checks) + sum(line.has_failed for line in self.exact)
+
+    def resumed(self, folder: Path) -> list[ExactLine]:
+        """What `exact.json` holds if this device, revision and versions wrote it, else nothing."""
+        path = folder / "exact.json"
+        if not path.is_file():
+            return []
+        before = json.loads(path.read_text())
+        changing = {"date": "", "command": ""}
+        is_same = before["environment"] | changing == self.environment | changing
+        if not is_same or before["is_dry"] != self.is_dry:
+            return []
+        return [ExactLine(**line) for line in before["exact"]]
 
     def write(self, folder: Path, part: str) -> None:
         """Replaces `<part>.json` and `<part>.md`: a run that is cut off leaves what it had."""
@@ -100,6 +115,13 @@ class Report:
                 '"Break-even" is what a forward must commit to equal AR here: the ratio of the two steps. The last '
                 "column is derived, not measured: tokens/s if drafts were accepted as the tiny adapter's are "
                 "(`TRACE` in `serve_steps.py`).\n\n" + _table(*_serving_rows(self.serving))
+            )
+        if self.exact:
+            sections.append(
+                "## Bit for bit\n\nThe tiny model completes stretches of this repository's Python greedily. R-ISD, and "
+                "AR in batches, against AR of the base model without its adapter, one prompt at a time, in the same "
+                "dtype and mode. The default mode promises no bits and reports no checksums.\n\n"
+                + _table(*_exact_rows(self.exact))
             )
         if self.torch:
             sections.append(
@@ -218,6 +240,24 @@ def _serving_rows(speeds: list[ServeSpeed]) -> tuple[list[str], list[list[str]]]
         for speed in speeds
     ]
     return ["case", "median ms", "IQR ms", "break-even TPF", "tokens/s at the trace's TPF (derived)", "note"], rows
+
+
+def _exact_rows(lines: list[ExactLine]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [
+            line.case,
+            f"{line.prompts:,}",
+            f"{line.tokens:,}",
+            f"{line.differing_tokens:,}",
+            _figure(line.differing_checksums, "{:,}") or "-",
+            f"{line.differing_prompts:,}",
+            _figure(line.accepted / line.verified if line.verified else None, "{:.1%}"),
+            line.note,
+        ]
+        for line in lines
+    ]
+    header = ["case", "prompts", "tokens", "differing tokens", "differing checksums", "prompts that differ"]
+    return [*header, "drafts accepted", "note"], rows
 
 
 def _torch_rows(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -49,6 +49,19 @@ def test_streaming_prints_the_same_text_as_json(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.removesuffix("\n") == text.rstrip("�")
 
 
+def test_the_bit_for_bit_mode_prints_and_streams_what_ar_says_in_that_mode(folder, monkeypatch, capsys):
+    options = ["abc", "--max-tokens", 8, "--deterministic", "bitwise"]
+    run(monkeypatch, "generate", folder, *options, "--json")
+    record = json.loads(capsys.readouterr().out)
+    run(monkeypatch, "generate", folder, *options, "--stream")
+    assert capsys.readouterr().out.removesuffix("\n") == record["text"].rstrip("\ufffd")
+    lm, params = idlm_jax.load(folder), idlm_jax.SamplingParams(max_tokens=8)
+    wanted = idlm_jax.generate(lm, ["abc"], idlm_jax.AR(), params, deterministic="bitwise")
+    assert record["token_ids"] == wanted[0].token_ids
+    assert run(monkeypatch, "generate", folder, *options, "--stride", 9) == 2
+    assert "16 rows a request" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

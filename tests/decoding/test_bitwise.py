@@ -12,6 +12,7 @@ from idlm_jax.decoding import AR, ISD, Completion, SamplingParams, generate
 from idlm_jax.decoding.fixed_width import checksums, group_slots_of
 from idlm_jax.decoding.generate import NO_LIMIT, prepare_batch, read_completions
 from idlm_jax.decoding.loop import programs
+from idlm_jax.decoding.stream import stream_tokens
 from idlm_jax.model.language_model import LanguageModel, from_module
 from pallas_kernels.bodies import BY_NAME, Body
 from tests.support.tiny_model import random_prompts, randomize_adapter, sharpen, tiny_module
@@ -94,6 +95,14 @@ def test_four_slots_at_a_time_have_the_bits_of_one_request_among_fillers(dtype):
     base = tiny(dtype)
     for index in (0, 5):
         assert bits(decoded(base, [PROMPTS[index]], AR(), group_slots=4)) == [together[index]]
+
+
+def test_a_stream_has_the_tokens_of_the_whole():
+    lm, params = tiny("bfloat16", adapter=True), SamplingParams(max_tokens=20, temperature=0.7, seed=3)
+    wanted = decoded(lm, PROMPTS[:1], ISD(4), params)[0].token_ids
+    pieces = list(stream_tokens(lm, PROMPTS[0], ISD(4), params, deterministic="bitwise"))
+    assert [token for piece in pieces for token in piece] == wanted
+    assert 1 < len(pieces) < len(wanted)
 
 
 @pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
