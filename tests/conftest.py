@@ -22,7 +22,7 @@ MOST_MAPS = 20_000
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Between files. A compiled program takes up to hundreds of memory maps; past Linux's 65,530 XLA ends in a segfault."""
+    """Between files: compiled programs take up to hundreds of memory maps each; past Linux's 65,530 XLA segfaults."""
     yield
     if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
         jax.clear_caches()

@@ -314,7 +314,7 @@ def test_models_health_and_server_info(server):
     assert server.http.get("/health").status_code == 200
     assert server.http.get("/health_generate").status_code == 200
     info = server.http.get("/get_server_info").json()
-    assert info["method"] == {"name": "ISD", "stride": 4}
+    assert info["method"] == {"name": "ISD", "stride": 4, "menu": ["ISD N=4"]}
     assert 1.0 <= info["internal_states"][0]["avg_spec_accept_length"] <= 4.0
     assert server.http.get("/nowhere").json()["error"]["message"] == "Not Found"
 

@@ -114,7 +114,7 @@ def test_every_device_holds_its_heads_and_keeps_them_where_they_are(cut):
 
     before, places = device._state, check()
     decode, prefill = (
-        next(shape for kind, shape, _ in device._programs if kind == each) for each in ("decode", "prefill")
+        next(shape for kind, shape, *_ in device._programs if kind == each) for each in ("decode", "prefill")
     )
     # Nothing but the words goes anywhere.
     with jax.transfer_guard_device_to_device("disallow"):
