@@ -117,7 +117,7 @@ def test_dry_tuning_runs_every_candidate_and_names_no_winner(tmp_path: Path, cap
     assert {(line["note"], line["timing"]) for line in candidates} == {("dry", None)}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_dry_training_steps_run_and_publish_no_figure(tmp_path: Path):
     assert main(["train", "--dry", "--out", str(tmp_path)]) == 0
     steps = json.loads((tmp_path / "train.json").read_text())["steps"]
@@ -127,7 +127,7 @@ def test_dry_training_steps_run_and_publish_no_figure(tmp_path: Path):
     assert all(step["median_ms"] is step["tokens_per_s"] is step["mfu"] is None for step in steps)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_dry_serving_steps_run_and_publish_no_figure(tmp_path: Path):
     assert main(["serve", "--dry", "--out", str(tmp_path)]) == 0
     speeds = json.loads((tmp_path / "serve.json").read_text())["serving"]

@@ -49,7 +49,7 @@ def ar(lm) -> list[list[int]]:
     "method",
     [
         ISD(stride=4, branches=2, rule="coupled"),
-        pytest.param(AUTO, marks=pytest.mark.slow),
+        pytest.param(AUTO, marks=pytest.mark.proof),
         pytest.param(ISD(stride=3, rule="coupled"), marks=pytest.mark.slow),
         pytest.param(ISD(stride=3, rule="coupled", proposals="argmax"), marks=pytest.mark.slow),
         pytest.param(ISD(stride=8, rule="coupled"), marks=pytest.mark.slow),
@@ -147,7 +147,7 @@ def test_no_draft_outlives_a_forward_of_ar(lm, cycle):
     assert sum(sum(each.verified_by_depth) for each in generate(lm, PROMPTS, SHORT, PARAMS)) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_stream_of_auto_is_the_completion(lm, ar):
     assert [token for piece in stream_tokens(lm, PROMPTS[5], SHORT, PARAMS[5]) for token in piece] == ar[5]
 

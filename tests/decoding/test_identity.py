@@ -80,7 +80,7 @@ def test_r_isd_equals_the_base_model_without_its_adapter(r_isd, idlm):
         ISD(stride=4),
         ISD(stride=4, branches=2),
         *(
-            pytest.param(method, marks=pytest.mark.slow)
+            pytest.param(method, marks=pytest.mark.proof)
             for method in (AR(), ISD(stride=2), ISD(stride=4, proposals="argmax"), ISD(stride=4, branches=4))
         ),
     ],
@@ -103,7 +103,7 @@ def test_every_stride_decodes(idlm, stride):
 
 @pytest.mark.slow
 def test_a_request_is_the_same_alone_and_in_any_batch(r_isd):
-    prompts = random_prompts(13, 30, 11, seed=5)
+    prompts = random_prompts(8, 30, 11, seed=5)
     params = [
         SamplingParams(
             max_tokens=5 + 3 * i,

@@ -143,7 +143,9 @@ def test_when_no_checkpoint_can_be_read_nothing_is_moved(dataset, tmp_path):
     gc.collect()
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 1}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    "mesh", [{}, pytest.param({"fsdp": 2, "tensor": 1}, marks=pytest.mark.proof)], ids=["one device", "mesh"]
+)
 def test_samples_are_drawn_at_each_evaluation_and_kept(dataset, tmp_path, mesh):
     introspective = {"objective": "introspective", "mask_token_id": 299}
     config = tiny_run(dataset, tmp_path, steps=4, eval_every=2, eval_samples=2, mesh=mesh, **introspective)
