@@ -49,14 +49,14 @@ class Choosing:
         num_masks = self._limits.stride - 1
         verified, accepted = np.zeros(num_masks, np.int64), np.zeros(num_masks, np.int64)
         most = self._limits.windows[step.choice].stride - 1
-        # Those that end are cut short, which says nothing of drafts.
-        going_on = [
-            (min(window.request.num_drafts, most), len(outcome.tokens))
-            for window, outcome in zip(step.windows, outcomes, strict=False)
-            if not window.is_void and outcome.tokens and not outcome.finish
-        ]
-        for num_drafts, num_tokens in going_on:
-            verified[: min(num_drafts, num_tokens)] += 1
-            accepted[: num_tokens - 1] += 1
-        num_tokens = sum(tokens for _, tokens in going_on)
-        self._pacer.observe(step.choice, len(going_on), num_tokens, verified.tolist(), accepted.tolist())
+        num_committed = 0
+        for window, outcome in zip(step.windows, outcomes, strict=False):
+            if window.is_void:
+                continue
+            num_tokens = len(outcome.tokens)
+            num_committed += num_tokens
+            if not outcome.finish:  # those that end are cut short, which says nothing of drafts
+                verified[: min(window.request.num_drafts, most, num_tokens)] += 1
+                accepted[: num_tokens - 1] += 1
+        # Void windows count as forwards: a request whose end nobody could foresee has cost one too many. AR's never do.
+        self._pacer.observe(step.choice, len(step.windows), num_committed, verified.tolist(), accepted.tolist())
