@@ -7,21 +7,18 @@ with the adapter at every stride and batch size. Tokens and the checksums of the
 The default mode is compared in the same way (tokens; it reports no checksums), and timed against this one in turn.
 """
 
-import json
-import platform
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import typer
 from tqdm import tqdm
 
 import idlm_jax
 from benchmarks.bit_identity import Mode, cuts, differences
+from benchmarks.record import origin, provenance, write
 from idlm_jax.config import DType
 from idlm_jax.decoding.generate import Completion
 from idlm_jax.decoding.method import Method
@@ -53,11 +50,10 @@ def measure(
     methods = [idlm_jax.ISD(stride=int(stride)) for stride in strides.split(",")]
     sizes = [int(batch) for batch in batches.split(",")]
     record: dict[str, Any] = {
-        "command": f"python -m benchmarks.bitwise --strides {strides} --batches {batches} --num-prompts {num_prompts} "
-        f"--max-tokens {max_tokens} --rounds {rounds} --timed-prompts {timed_prompts}",
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(
+            f"python -m benchmarks.bitwise --strides {strides} --batches {batches} --num-prompts {num_prompts} "
+            f"--max-tokens {max_tokens} --rounds {rounds} --timed-prompts {timed_prompts}"
+        ),
         "model": model,
         "adapter": str(adapter),
         "identity": [],
@@ -93,10 +89,10 @@ def measure(
                     "verified": sum(sum(each.verified_by_depth) for each in found),
                 }
             )
-            write(record, name)
+            write(RESULTS, name, record, markdown(record))
             progress.update()
         record["cost"] += cost(lm, prompts[:timed_prompts], params, sizes, rounds, dtype)
-        write(record, name)
+        write(RESULTS, name, record, markdown(record))
         progress.update()
     print(markdown(record))
 
@@ -140,20 +136,12 @@ def cost(
     return rows
 
 
-def write(record: dict[str, Any], name: str) -> None:
-    """Both files, whatever has been measured so far."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown(record))
-
-
 def markdown(record: dict[str, Any]) -> str:
     """The two tables."""
     lines = [
         f"# The bit-for-bit mode: {record['model']}",
         "",
-        f"{record['date']}, {record['device']}, Python {record['versions']['python']}, jax "
-        f"{record['versions']['jax']}: `{record['command']}`.",
+        origin(record),
         "",
         f"Greedy. ISD with `{record['adapter']}` against AR of the base model without it: AR alone (batch 1) for the "
         "bit-for-bit mode, AR at the same batch for the default mode, which reports no checksums. A row that is not "

@@ -6,19 +6,16 @@ Every rule completes the same held-out prompts. "official" is the reference impl
 drafts checked against a distribution they were not drawn from (at temperature 1 its samples are not the model's).
 """
 
-import json
 import math
-import platform
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import typer
 from tqdm import tqdm
 
 import idlm_jax
+from benchmarks.record import origin, provenance, write
 from idlm_jax.decoding.generate import Completion
 from idlm_jax.decoding.method import ISD
 from train.data import heldout_prompts
@@ -97,18 +94,13 @@ def measure(
         found = summary(completions, method, baseline, seed=stride)
         rows.append({"temperature": temperature, "stride": stride, "rule": rule, "rows": method.window_len, **found})
     record = {
-        "command": f"python -m benchmarks.branches --strides {strides} --num-prompts {len(prompts)}",
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(f"python -m benchmarks.branches --strides {strides} --num-prompts {len(prompts)}"),
         "model": model,
         "adapter": str(adapter),
         "max_tokens": max_tokens,
         "rows": rows,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown(record))
+    write(RESULTS, name, record, markdown(record))
     print(markdown(record))
 
 
@@ -117,8 +109,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Drafting rules: {record['model']}",
         "",
-        f"{record['date']}, {record['device']}, float32, Python {record['versions']['python']}, jax "
-        f"{record['versions']['jax']}: `{record['command']}`. {record['max_tokens']} tokens per prompt; TPF counts the "
+        origin(record, "float32") + f" {record['max_tokens']} tokens per prompt; TPF counts the "
         "prefill; rows are query rows of decode forwards; intervals are 95 %, over prompts.",
         "",
         "| T | N | rule | TPF | over official | rows a token | cold starts | accepted by depth |",

@@ -7,14 +7,10 @@ accepted, that token is the bonus, a draw from p; where one is refused, it is dr
 model's MASKs did not expect. With branches both kinds of groups are drafted from, and here they are counted apart.
 """
 
-import json
-import platform
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
@@ -22,6 +18,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 import idlm_jax
+from benchmarks.record import origin, provenance, write
 from idlm_jax.decoding.generate import prepare_batch
 from idlm_jax.decoding.loop import run_loop, run_prefill
 from idlm_jax.decoding.method import ISD
@@ -143,18 +140,13 @@ def measure(
     prompts = heldout_prompts(dataset, num_prompts, 48)
     methods = [ISD(stride, branches=branches) for branches in sorted({1, 2, stride})]
     record = {
-        "command": f"python -m benchmarks.drafts --stride {stride} --num-prompts {len(prompts)}",
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(f"python -m benchmarks.drafts --stride {stride} --num-prompts {len(prompts)}"),
         "model": model,
         "adapter": str(adapter),
         "max_tokens": max_tokens,
         "rows": measure_drafts(lm, prompts, methods, max_tokens),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown(record))
+    write(RESULTS, name, record, markdown(record))
     print(markdown(record))
 
 
@@ -163,8 +155,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Drafts by the token before them: {record['model']}",
         "",
-        f"{record['date']}, {record['device']}, float32, Python {record['versions']['python']}, jax "
-        f"{record['versions']['jax']}: `{record['command']}`. {record['max_tokens']} tokens per prompt. Acceptance is "
+        origin(record, "float32") + f" {record['max_tokens']} tokens per prompt. Acceptance is "
         "the mean of min(1, p/q) over drafts that decided a token, at depth 1, 2, ...; intervals are 95 %, over "
         "prompts. Groups do not see a bonus or a correction; after a cold start they see the correction.",
         "",

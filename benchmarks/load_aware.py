@@ -7,21 +7,18 @@ nothing differs but the choice. AR compiled by itself, without room for drafts, 
 their answer and ask again. Methods take turns within a round, and rounds turn the order; ratios are taken in rounds.
 """
 
-import json
-import platform
 import queue
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import typer
 from tqdm import tqdm
 
 import idlm_jax
+from benchmarks.record import origin, provenance, write
 from idlm_jax.decoding.method import method_name
 from idlm_jax.decoding.pacing import Pacer
 from serve.config import EngineConfig
@@ -104,11 +101,10 @@ def measure(
     names = list(pacers)
     timed = {batch: device.pacer.rates(batch) for batch in config.decode_buckets}
     record: dict[str, Any] = {
-        "command": f"python -m benchmarks.load_aware --callers {callers} --max-stride {max_stride} --max-tokens "
-        f"{max_tokens} --temperature {temperature:g} --rounds {rounds}",
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(
+            f"python -m benchmarks.load_aware --callers {callers} --max-stride {max_stride} --max-tokens "
+            f"{max_tokens} --temperature {temperature:g} --rounds {rounds}"
+        ),
         "model": model,
         "adapter": str(adapter),
         "step_seconds": {
@@ -136,7 +132,7 @@ def measure(
                     if which == AUTO:
                         chosen = {method: chosen.get(method, 0) + number for method, number in steps.items()}
         record["points"].append(point(count, names, speeds, chosen))
-        write(record, name)
+        write(RESULTS, name, record, markdown(record))
     print(markdown(record))
 
 
@@ -160,13 +156,6 @@ def point(callers: int, names: list[str], speeds: np.ndarray, chosen: dict[str, 
     }
 
 
-def write(record: dict[str, Any], name: str) -> None:
-    """Both files, whatever has been measured so far."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown(record))
-
-
 def markdown(record: dict[str, Any]) -> str:
     """The two tables."""
 
@@ -177,8 +166,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Load-aware stride: {record['model']}",
         "",
-        f"{record['date']}, {record['device']}, float32, Python {record['versions']['python']}, jax "
-        f"{record['versions']['jax']}: `{record['command']}`. Tokens a second of the engine over AR in the same "
+        origin(record, "float32") + " Tokens a second of the engine over AR in the same "
         "round; median of rounds, with least and most.",
         "",
         "| callers | " + " | ".join(names) + " |",

@@ -5,9 +5,6 @@ python -m benchmarks.quantized    # a quarter of an hour on two cores -> benchma
 Every form of the weights reads the same held-out rows and completes the same prompts. Nothing here is about speed.
 """
 
-import json
-import platform
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +14,7 @@ import typer
 from tqdm import tqdm
 
 import idlm_jax
+from benchmarks.record import origin, provenance, write
 from idlm_jax.cli.evaluate import heldout_means
 from idlm_jax.decoding.generate import Completion
 from train.data import heldout_prompts
@@ -89,20 +87,17 @@ def measure(
                 row["isd_equals_ar"] = sum(a.token_ids == b.token_ids for a, b in zip(completions, ar, strict=True))
         rows.append(row)
     record = {
-        "command": f"python -m benchmarks.quantized --num-prompts {len(prompts)}"
-        + (f" --limit {limit}" if limit is not None else ""),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "device": jax.devices()[0].device_kind,
+        **provenance(
+            f"python -m benchmarks.quantized --num-prompts {len(prompts)}"
+            + (f" --limit {limit}" if limit is not None else "")
+        ),
         "model": model,
         "adapter": str(adapter),
         "num_prompts": len(prompts),
         "max_tokens": max_tokens,
         "rows": rows,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(markdown(record))
+    write(RESULTS, name, record, markdown(record))
     print(markdown(record))
 
 
@@ -112,8 +107,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# 8-bit weights: {record['model']} with {record['adapter']}",
         "",
-        f"{record['date']}, {record['device']}, Python {record['versions']['python']}, jax "
-        f"{record['versions']['jax']}: `{record['command']}`. Loss is held-out cross-entropy in nats a token, of the "
+        origin(record) + f" Loss is held-out cross-entropy in nats a token, of the "
         "clean stream and of the MASK rows; acceptance is the expected one at temperature 1, by depth of the draft. "
         f"TPF: N = {STRIDE}, {count} held-out prompts, {record['max_tokens']} tokens each, the prefill counted; 95 % "
         'intervals over prompts. "As float32" counts completions without a changed token, "ISD = AR" the greedy '

@@ -110,7 +110,8 @@ class Device:
         widest = max(range(len(menu)), key=lambda choice: menu[choice].num_masks)
 
         def make_state() -> DecodeState:
-            return _idle_state(lm, config, plans[levels[-1], widest], self.layout)
+            keeps_confidence = any(plan.places_branches for plan in plans.values())
+            return _idle_state(lm, config, plans[levels[-1], widest], self.layout, keeps_confidence=keeps_confidence)
 
         state = jax.eval_shape(make_state)
         everywhere = state_where = step_where = None  # on the default device
@@ -250,7 +251,9 @@ def _plan(lm: LanguageModel, config: EngineConfig, method: Method, level: Draws,
     )
 
 
-def _idle_state(lm: LanguageModel, config: EngineConfig, plan: StepPlan, layout: Layout) -> DecodeState:
+def _idle_state(
+    lm: LanguageModel, config: EngineConfig, plan: StepPlan, layout: Layout, *, keeps_confidence: bool = False
+) -> DecodeState:
     """All slots done, every page table full of the sink; one slot more than requests, for rows that nobody uses."""
     slots = layout.idle_slot + 1
     ones = np.ones(slots, np.int32)
@@ -271,7 +274,7 @@ def _idle_state(lm: LanguageModel, config: EngineConfig, plan: StepPlan, layout:
             empty_cache(lm.config, config.num_pages, config.page_size),
         ),
         shaping=empty_shaping(slots, lm.config.vocab_size) if config.shapes else None,
-        keeps_confidence=any(1 < int(method.branches) <= method.num_masks for method in config.method.menu),
+        keeps_confidence=keeps_confidence,
     )
 
 

@@ -10,6 +10,7 @@ from idlm_jax.decoding import AR, ISD, SamplingParams, generate
 from idlm_jax.decoding.pacing import Pacer
 from serve.device import Device
 from serve.engine import Engine
+from tests.decoding.test_coupled import EVERY_PAIR
 from tests.serve.conftest import CONFIG
 from tests.support.tiny_model import random_prompts
 
@@ -42,7 +43,7 @@ class Dice(Pacer):
 
     def choose(self, batch: int) -> int:
         assert batch == 4
-        self.chosen.append(len(self.chosen) * 7 % 5 % len(self.menu))
+        self.chosen.append(EVERY_PAIR[len(self.chosen) % len(EVERY_PAIR)])
         return self.chosen[-1]
 
     def observe(self, index, forwards, tokens, verified, accepted) -> None:
