@@ -138,16 +138,18 @@ class Device:
             for choice in range(len(menu))
         ]
         # A prefill gives a slot to its request with all that it may want, and few of its rows end in logits: one
-        # program for whatever is drawn.
+        # program for whatever is drawn. A shorter window verifies the first of the drafts for the longest; AR none.
+        self._drafts_for = [choice if method.num_masks == 0 else widest for choice, method in enumerate(menu)]
         chunks: list[tuple[Kind, tuple[int, int], Draws, int]] = [
-            ("prefill", (config.whole_groups(requests), prefill_words(self.layout, rows)), levels[-1], widest)
+            ("prefill", (config.whole_groups(requests), prefill_words(self.layout, rows)), levels[-1], choice)
             for requests, rows in limits.prefill_shapes
+            for choice in sorted(set(self._drafts_for))
         ]
         lowered |= {name: lower(*name) for name in windows + chunks}
         programs = _compile(lowered, progress)
         self._make_state = programs.pop("idle state")
         self._programs = programs
-        self._levels, self._widest = levels, widest
+        self._levels = levels
         self._no_masks = {
             shape: jnp.full(shape, 0xFFFFFFFF, jnp.uint32, device=everywhere)
             for shape in {
@@ -174,12 +176,15 @@ class Device:
         """
         return self._run("decode", words, draws, masks, choice)
 
-    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> jax.Array:
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None, choice: int = 0) -> jax.Array:
         """One stretch of a prompt for each packed slot; int32 [requests, words] to read later.
 
-        `masks` is uint32 [requests, 1, W], for the first token of each completion.
+        Args:
+            words: from `pack_chunks`.
+            masks: uint32 [requests, 1, W], for the first token of each completion; None permits all.
+            choice: which method of the menu to draft for.
         """
-        return self._run("prefill", words, self._levels[-1], masks, self._widest)
+        return self._run("prefill", words, self._levels[-1], masks, self._drafts_for[choice])
 
     def reset(self) -> None:
         """An idle state in place of one that a failed step has consumed."""

@@ -325,7 +325,7 @@ class Engine:
             batch, rows = self._config.whole_groups(step.prefill_shape[0]), step.prefill_shape[1]
             words = pack_chunks(self._layout, step.chunks, fixed, (batch, rows))
             masks, _ = self._constraints(step.chunks, (batch, 1))
-            chunks = self._device.prefill(words, masks)
+            chunks = self._device.prefill(words, masks, step.choice)
         return Launched(step, windows, chunks)
 
     def _constraints(

@@ -43,10 +43,10 @@ class Leader:
         self._tell("decode", words, draws, masks, choice)
         return self._device.decode(words, draws, masks, choice)
 
-    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater:
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None, choice: int = 0) -> ReadLater:
         """As `Device.prefill`; raises as `decode`."""
-        self._tell("prefill", words, masks)
-        return self._device.prefill(words, masks)
+        self._tell("prefill", words, masks, choice)
+        return self._device.prefill(words, masks, choice)
 
     def reset(self) -> None:
         """As `Device.reset`; raises as `decode`."""

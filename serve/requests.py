@@ -180,7 +180,7 @@ class Step:
     """One step: a decode batch, then a prefill batch; either may be empty, not both.
 
     Attributes:
-        choice: which of the `Limits.windows` the decode batch has.
+        choice: which of the `Limits.windows` the decode batch has, and the prefill batch drafts for.
         windows: the decode batch.
         prefill_shape: of the prefill batch.
         chunks: the prefill batch.

@@ -80,7 +80,7 @@ class Scheduler:
     def plan(self) -> Step | None:
         """The next step, or None if there is nothing to compute before earlier steps are read."""
         num_decoding = sum(request.phase is Phase.DECODE for request in self.running)
-        choice = self._choose(num_decoding) if num_decoding else 0
+        choice = self._choose(max(1, num_decoding))
         rows = self.limits.windows[choice].rows
         windows = self._plan_windows(rows)
         self._admit()

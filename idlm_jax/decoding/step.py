@@ -63,7 +63,7 @@ def prefill_chunk(
     The last token of a stretch stands at `context_len`. Every stretch is followed by its MASKs at once, so strict
     causality is all the attention there is; what follows them is padding that nobody sees, in slots that the next
     forward overwrites. A running slot commits its first token and drafts; for a slot that does not run the stretch is
-    only written to its pages.
+    only written to its pages. The state may have room for more drafts than the plan makes, as in `decode_window`.
 
     Args:
         module: the model.
@@ -74,10 +74,36 @@ def prefill_chunk(
         known: the token to commit, where it was drawn before; -1 draws one.
         allowed: as in `shape`, for the first token.
     """
-    if plan.group_slots is not None:
-        every = jnp.ones_like(start, bool)
-        step = functools.partial(_prefill_by_tiles, module, plan)
-        return fixed_width.over_groups(step, plan, state, every, tokens, start, known, allowed)
+    step = functools.partial(_prefill_chunk, module, plan)
+    if plan.group_slots is None:
+        return step(state, tokens, start, known, allowed)
+    every = jnp.ones_like(start, bool)
+    return fixed_width.over_groups(step, plan, state, every, tokens, start, known, allowed)
+
+
+def _prefill_chunk(
+    module: Qwen3,
+    plan: StepPlan,
+    state: DecodeState,
+    tokens: Int[Array, "B R"],
+    start: Int[Array, " B"],
+    known: Int[Array, " B"] | None,
+    allowed: UInt[Array, "B 1 words"] | None,
+) -> tuple[DecodeState, Committed]:
+    read = _prefill_whole if plan.group_slots is None else _prefill_by_tiles
+    after, committed = read(module, plan, narrowed(state, plan.num_masks), tokens, start, known, allowed)
+    return widened(after, state), committed
+
+
+def _prefill_whole(
+    module: Qwen3,
+    plan: StepPlan,
+    state: DecodeState,
+    tokens: Int[Array, "B R"],
+    start: Int[Array, " B"],
+    known: Int[Array, " B"] | None,
+    allowed: UInt[Array, "B 1 words"] | None,
+) -> tuple[DecodeState, Committed]:
     num_tokens = (state.context_len + 1 - start)[:, None]
     index = jnp.arange(tokens.shape[1] + plan.num_masks, dtype=jnp.int32)[None]
     is_mask = (index >= num_tokens) & (index < num_tokens + plan.num_masks)

@@ -95,6 +95,26 @@ def test_any_sequence_of_methods_says_what_ar_says(lm, engine_of, config):
     assert np.all(stats.tally.verified - verified <= len(PROMPTS))
 
 
+class Script(Pacer):
+    """Chooses as it is told, the last for ever."""
+
+    def __init__(self, *choices: int) -> None:
+        super().__init__(AUTO.method.menu)
+        self.set_seconds(4, choices[-1], 1.0)
+        self.choices = list(choices)
+
+    def choose(self, batch: int) -> int:
+        return self.choices.pop(0) if len(self.choices) > 1 else self.choices[0]
+
+
+@pytest.mark.parametrize(("choices", "cold_starts"), [((2,), 0), ((1,), 0), ((0, 2), 1)])
+def test_a_prefill_drafts_for_the_step_it_belongs_to(engine_of, choices, cold_starts):
+    # The prefill commits one token of two and one window the other.
+    handle = engine_of(AUTO, Script(*choices)).submit(PROMPTS[0][:8], SamplingParams(max_tokens=2))
+    assert sum(len(piece.token_ids) for piece in handle) == 2
+    assert handle.tally.cold_starts == cold_starts
+
+
 def test_a_pacer_that_knows_the_times_settles_for_one_method(lm, compiled, engine_of):
     assert compiled.pacer is not None
     assert all(compiled.pacer.is_timed(4, index) for index in range(3))

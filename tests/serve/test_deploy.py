@@ -66,7 +66,7 @@ class Idle:
     def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> Any:
         raise AssertionError("nobody asked")
 
-    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> Any:
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None, choice: int = 0) -> Any:
         raise AssertionError("nobody asked")
 
     def reset(self) -> None:

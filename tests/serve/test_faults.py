@@ -34,8 +34,8 @@ class Faulty:
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return self.device.decode(words, draws, masks, choice)
 
-    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater:
-        return self.device.prefill(words, masks)
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None, choice: int = 0) -> ReadLater:
+        return self.device.prefill(words, masks, choice)
 
     def reset(self) -> None:
         if not self.comes_back:

@@ -41,8 +41,8 @@ class Recorder:
         self.calls.append(("decode", words.tolist(), draws, masks is None, choice))
         return words
 
-    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> ReadLater:
-        self.calls.append(("prefill", words.tolist(), masks is None))
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None, choice: int = 0) -> ReadLater:
+        self.calls.append(("prefill", words.tolist(), masks is None, choice))
         return words
 
     def reset(self) -> None:
