@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import idlm_jax
 from idlm_jax import cluster
-from idlm_jax.decoding.method import make_method, read_choice
+from idlm_jax.decoding.method import make_baseline, make_method, read_choice
 from serve.config import EngineConfig
 from serve.device import Device
 from serve.engine import Engine
@@ -39,6 +39,10 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(envvar="IDLM_API_KEY", help="Required of clients; may be given several times.")
     ] = None,
+    decoder: Annotated[
+        Literal["isd", "two-pass", "block-diffusion"],
+        typer.Option("--method", help="What decodes: introspective strided decoding, or what it is compared with."),
+    ] = "isd",
     stride: Annotated[
         str | None,
         typer.Option(help="Most tokens per forward, 1..16, default 4; 1 is plain AR; auto: chosen for each step."),
@@ -54,6 +58,19 @@ def serve(
         Literal["exact", "coupled"],
         typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted; always so where auto."),
     ] = "exact",
+    block_length: Annotated[int, typer.Option(help="Block diffusion: tokens of a block, as trained.")] = 4,
+    threshold: Annotated[
+        float, typer.Option(help="Block diffusion: a MASK is filled at a probability above this; 1: by the share.")
+    ] = 0.9,
+    denoising_steps: Annotated[
+        int | None, typer.Option(help="Block diffusion: forwards that fill a block at the latest.", show_default="L")
+    ] = None,
+    edit_threshold: Annotated[
+        float | None, typer.Option(help="Block diffusion: a token gives way to one above this (LLaDA2.1).")
+    ] = None,
+    predicts_next: Annotated[
+        bool, typer.Option(help="Block diffusion: row i predicts token i + 1, as in models made from AR ones.")
+    ] = False,
     dllm_algorithm: Annotated[
         str | None, typer.Option(help=f"The reference server's flag; {ALGORITHM} is the one algorithm here.")
     ] = None,
@@ -135,6 +152,8 @@ def serve(
 ) -> None:
     """Serves a model by introspective strided decoding, exactly: the tokens are those of plain AR.
 
+    Block diffusion, there to be compared with, serves neither log-probabilities nor penalties nor constrained output.
+
     Example: python -m serve --model-path assets/tiny-qwen3-py --adapter assets/tiny-qwen3-py-isd --dtype float32
     """
     _set_up_logging(log_level, log_format)
@@ -148,7 +167,21 @@ def serve(
     if None not in (stride, official_stride) and stride != str(official_stride):
         raise ValueError(f"--stride {stride} and the stride {official_stride} of {dllm_algorithm_config} differ")
     chosen = read_choice("--stride", stride or str(official_stride or DEFAULT_STRIDE))
-    method = make_method(chosen, proposals, read_choice("--branches", branches), rule, max_stride)
+    method = (
+        make_method(chosen, proposals, read_choice("--branches", branches), rule, max_stride)
+        if decoder == "isd"
+        else make_baseline(
+            decoder,
+            stride=chosen,
+            block_length=block_length,
+            threshold=threshold,
+            steps=denoising_steps,
+            edit_threshold=edit_threshold,
+            predicts_next=predicts_next,
+        )
+    )
+    if decoder == "block-diffusion":
+        extras, max_logprobs = False, -1  # which need to know what stands before a token
     cluster.join(coordinator, num_processes, process_id, is_detected=distributed)
     if cluster.is_first():
         # A port that is taken is said before minutes of loading and compiling; until then, clients are refused.

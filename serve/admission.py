@@ -58,7 +58,11 @@ def admit(
         raise ValueError(f"{len(stop_ids)} stop ids, but at most {layout.num_stop_ids} fit")
     scheduler.check_fits(len(ids), params.max_tokens)
     request = Request(
-        ids, params.max_tokens, is_stepwise=constraint is not None, reads_whole_prompt=params.counts_tokens
+        ids,
+        params.max_tokens,
+        is_stepwise=constraint is not None,
+        reads_whole_prompt=params.counts_tokens,
+        has_pending=scheduler.limits.block_length is None,
     )
     return Admitted(request, sampling_words(layout, params, len(ids), request.end, stop_ids), constraint)
 

@@ -6,7 +6,7 @@ from typing import Literal
 from idlm_jax.config import ModelConfig
 from idlm_jax.decoding.fixed_width import group_slots_of
 from idlm_jax.decoding.generate import bucket
-from idlm_jax.decoding.method import ISD, Method
+from idlm_jax.decoding.method import ISD, BlockDiffusion, Method
 from idlm_jax.decoding.sampling import MAX_BIASES
 from idlm_jax.model.kv_cache import PAGE_SIZE
 from serve.requests import Limits, WindowSize
@@ -17,7 +17,8 @@ class EngineConfig:
     """What an engine is built for.
 
     Attributes:
-        method: `ISD(stride=N)` or `AR()`, for all requests; with something "auto", chosen for each step.
+        method: of all requests; with something "auto", chosen for each step. Block diffusion serves neither
+            log-probabilities nor `shapes`, and its blocks must divide pages and chunks.
         max_running: requests that run at once; the rest waits.
         num_pages: pages of the KV pool.
         page_size: tokens per page. The kernels are tuned for the default.
@@ -68,10 +69,20 @@ class EngineConfig:
             raise ValueError(f"{self.decode_batches=} must end at {self.max_running=}")
         if self.prefill_shapes and not any(requests == 1 for requests, _ in self.prefill_shapes):
             raise ValueError(f"{self.prefill_shapes=} must hold a shape for one request")
+        if isinstance(self.method, BlockDiffusion):
+            self._check_blocks(self.method.block_length)
         if self.group_slots is not None and self.page_size != PAGE_SIZE:
             raise ValueError(
                 f"{self.page_size=} must be {PAGE_SIZE} with {self.deterministic=}: attention sums by pages"
             )
+
+    def _check_blocks(self, block_length: int) -> None:
+        if self.shapes or self.max_logprobs is not None:
+            raise ValueError("BlockDiffusion serves no log-probabilities, biases, penalties, floors or grammars")
+        # What a cached page or a chunk holds must not depend on tokens behind it.
+        rows = [rows for _, rows in self.prefill_shapes or _prefill_shapes(self.chunk_rows, self.max_running)]
+        if any(size % block_length for size in (self.page_size, *rows)):
+            raise ValueError(f"{block_length=} must divide {self.page_size=} and the rows of each prefill, {rows}")
 
     @property
     def num_biases(self) -> int:
@@ -120,6 +131,7 @@ class EngineConfig:
             max_step_rows=self.max_step_rows or self.max_running * self.method.window_len + widest,
             max_queued=self.max_queued,
             caches_prefixes=self.caches_prefixes,
+            block_length=self.method.block_length if isinstance(self.method, BlockDiffusion) else None,
         )
 
 

@@ -21,7 +21,7 @@ from jax.stages import Compiled, Lowered
 from jaxtyping import Array, Int, UInt
 
 from idlm_jax.decoding.loop import BITWISE_OPTIONS
-from idlm_jax.decoding.method import Method, StepPlan, step_plan
+from idlm_jax.decoding.method import Method, StepPlan, check_mask_id, step_plan
 from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.shaping import Shaping, empty_shaping, read_prompt
@@ -47,7 +47,8 @@ from serve.packing import (
 )
 
 Kind = Literal["decode", "prefill"]
-TIMED_STEPS = 10  # of each decode program, if there is a choice
+# Decode programs are timed where there is a choice; in rounds, since the first steps of a program take a third longer.
+TIMED_ROUNDS, TIMED_S, TIMED_STEPS = 4, 0.05, 20  # seconds of a round, and its most steps
 
 Progress = Callable[[int, int, str], None]  # programs compiled, all programs, what was compiled
 
@@ -85,11 +86,10 @@ class Device:
             progress: called after each program.
 
         Raises:
-            ValueError: ISD is asked of a model without a MASK id, the mesh does not fit the model (`mesh_of`), or the
-                bit-for-bit mode is asked of a mesh or of windows that are wider than its tiles.
+            ValueError: the method needs a MASK id and the model has none, the mesh does not fit the model (`mesh_of`),
+                or the bit-for-bit mode is asked of a mesh or of windows that are wider than its tiles.
         """
-        if config.method.num_masks and lm.config.mask_token_id is None:
-            raise ValueError(f"{config.method} needs a MASK id and this model has none: load it with one, or use AR()")
+        check_mask_id(config.method, lm.config.mask_token_id)
         mesh = mesh_of(lm)
         is_bitwise = config.group_slots is not None
         if is_bitwise and mesh is not None:
@@ -162,8 +162,9 @@ class Device:
         self.pacer = Pacer(menu) if len(menu) > 1 else None
         if self.pacer is not None:
             for batch in config.decode_buckets:
-                for choice in range(len(menu)):
-                    self.pacer.set_seconds(batch, choice, self._time(batch, choice))
+                rounds = [[self._time(batch, choice) for choice in range(len(menu))] for _ in range(TIMED_ROUNDS)]
+                for choice, seconds in enumerate(zip(*rounds, strict=True)):
+                    self.pacer.set_seconds(batch, choice, min(seconds))
 
     def decode(self, words: np.ndarray, draws: Draws, masks: np.ndarray | None = None, choice: int = 0) -> jax.Array:
         """One window for each packed slot; int32 [batch, words] to read later.
@@ -207,12 +208,15 @@ class Device:
         A step that is waited for takes longer, by as much for AR as for a long window: that would flatter the latter.
         """
         words = pack_windows(self.layout, [], [], batch)
-        np.asarray(self.decode(words, self._levels[0], choice=choice))
-        start = time.perf_counter()
-        for _ in range(TIMED_STEPS - 1):
-            self.decode(words, self._levels[0], choice=choice)
-        np.asarray(self.decode(words, self._levels[0], choice=choice))
-        return (time.perf_counter() - start) / TIMED_STEPS
+
+        def seconds_of(steps: int) -> float:
+            start = time.perf_counter()
+            outcomes = [self.decode(words, self._levels[0], choice=choice) for _ in range(steps)]
+            np.asarray(outcomes[-1])
+            return time.perf_counter() - start
+
+        steps = min(max(round(TIMED_S / seconds_of(1)), 2), TIMED_STEPS)
+        return seconds_of(steps) / steps
 
     def _takes_masks(self, level: Draws) -> bool:
         return self._shapes and level is Draws.FULL

@@ -377,7 +377,8 @@ class Engine:
             request, outcome.tokens, num_drafts=len(outcome.drafts), is_finished=reason is not None
         )
         if reason is None:
-            self._deliver(handle, piece)
+            if outcome.tokens:
+                self._deliver(handle, piece)
             self._follow(handle, outcome.tokens, outcome.drafts)
         else:
             self._end(handle, piece)

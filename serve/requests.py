@@ -45,6 +45,8 @@ class Limits:
             smallest shape in a step whose windows fill it.
         max_queued: waiting requests before more are refused.
         caches_prefixes: whether finished requests leave their pages to be found.
+        block_length: of block diffusion, whose forwards commit a block or nothing and write the keys and values of
+            every token they commit; None for methods that commit with each forward and have a pending token.
     """
 
     num_slots: int
@@ -56,6 +58,7 @@ class Limits:
     max_step_rows: int
     max_queued: int
     caches_prefixes: bool = True
+    block_length: int | None = None
 
     @property
     def stride(self) -> int:
@@ -70,10 +73,11 @@ class Limits:
     def span(self, end: int) -> int:
         """Slots in which a request that ends before position `end` may write anything that counts.
 
-        Its last token is never written. But a MASK stands behind room for all drafts also where there are none, and
-        behind other branches, so the one that drafts this token may be as many slots further on.
+        Its last token is never written, except with its block. But a MASK stands behind room for all drafts also where
+        there are none, and behind other branches, so the one that drafts this token may be as many slots further on.
         """
-        return end - 1 + max(window.rows - window.stride for window in self.windows)
+        num_written = end if self.block_length is not None else end - 1
+        return num_written + max(window.rows - window.stride for window in self.windows)
 
     def pages_for(self, request: "Request", num_slots: int) -> int:
         """Pages of a request that wants to write `num_slots` slots, of which those past its span count for nothing."""
@@ -86,7 +90,13 @@ class Request:
     _numbers = itertools.count()
 
     def __init__(
-        self, prompt: Sequence[int], max_tokens: int, *, is_stepwise: bool = False, reads_whole_prompt: bool = False
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        is_stepwise: bool = False,
+        reads_whole_prompt: bool = False,
+        has_pending: bool = True,
     ):
         """A request before its admission.
 
@@ -95,8 +105,9 @@ class Request:
             max_tokens: most tokens to generate.
             is_stepwise: the host must have read a forward before it can plan the next one.
             reads_whole_prompt: its prefill may not skip what the prefix cache holds.
+            has_pending: keys and values of its last token are written by the forward after the one that commits it.
         """
-        self.is_stepwise, self.reads_whole_prompt = is_stepwise, reads_whole_prompt
+        self.is_stepwise, self.reads_whole_prompt, self.has_pending = is_stepwise, reads_whole_prompt, has_pending
         self.number = next(Request._numbers)
         self.tokens = list(prompt)
         self.prompt_len = len(prompt)
@@ -122,7 +133,7 @@ class Request:
     @property
     def is_resumed(self) -> bool:
         """Whether its prefill restores a state that was thrown away, so that the token behind it is known."""
-        return self.num_generated > 0
+        return self.has_pending and self.num_generated > 0
 
     @property
     def prefill_len(self) -> int:

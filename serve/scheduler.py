@@ -104,14 +104,14 @@ class Scheduler:
 
         Args:
             request: it still holds the slot.
-            tokens: at least one.
+            tokens: at least one, unless forwards work on blocks.
             num_drafts: that it left for the next forward to verify.
             is_finished: whether these are its last; its slot and its pages are free from now on.
         """
         request.in_flight -= 1
         request.tokens += tokens
         request.num_drafts = num_drafts
-        assert tokens and len(request.tokens) <= request.end
+        assert (tokens or self.limits.block_length) and len(request.tokens) <= request.end
         self._publish(request, len(request.tokens) - 1)
         if is_finished:
             self._leave(request, Phase.DONE)
@@ -133,8 +133,9 @@ class Scheduler:
         windows = []
         # Oldest first; whoever needs a page takes it from the youngest.
         for request in list(self.running):
-            # Every forward in flight commits at least one token.
-            is_over = len(request.tokens) + request.in_flight >= request.end
+            # Every forward in flight commits at least one token, unless it works on a block.
+            at_least = 0 if self.limits.block_length else request.in_flight
+            is_over = len(request.tokens) + at_least >= request.end
             if request.phase is not Phase.DECODE or is_over:
                 continue
             if request.is_stepwise and (request.in_flight or request.has_unread_prefill):
@@ -257,7 +258,7 @@ class Scheduler:
                 committed = min(request.prefilled, request.prefill_len)
                 reserve = request.prefill_len + limits.window_len - committed
             else:
-                committed = len(request.tokens) - 1
+                committed = len(request.tokens) - (limits.block_length is None)
                 reserve = max(request.in_flight, 1) * limits.stride + limits.window_len
             assert published <= committed, "a page of uncommitted tokens was published"
             held = len(request.pages)

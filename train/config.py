@@ -128,8 +128,11 @@ class TrainConfig:
     run_name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$", description="name of the run's folder")]
     output_dir: Annotated[str, Field(description="parent of all run folders")] = "runs"
     objective: Annotated[
-        Literal["ar", "introspective"],
-        Field(description="ar: next token; introspective: CE_noisy (+ KL, TV) + clean_loss_weight * CE_clean"),
+        Literal["ar", "introspective", "block_diffusion"],
+        Field(
+            description="ar: next token; introspective: CE_noisy (+ KL, TV) + clean_loss_weight * CE_clean; "
+            "block_diffusion: MASKs of a block from all of it and the blocks before, to compare with"
+        ),
     ] = "introspective"
     init_from: Annotated[str | None, Field(description="Hugging Face folder or hub id to start from")] = None
     model: Annotated[FreshModel | None, Field(description="or the shape of a model that starts random")] = None
@@ -137,7 +140,12 @@ class TrainConfig:
     dataset: Annotated[Dataset, Field(description="packed rows")]
 
     block_length: Annotated[
-        int, Field(ge=1, le=15, description="MASKs per block: the largest stride that will run, minus one")
+        int,
+        Field(
+            ge=1,
+            le=15,
+            description="MASKs per block: the largest stride that will run, minus one; block_diffusion: tokens",
+        ),
     ] = 3
     mask_token_id: Annotated[
         int | None,
@@ -151,7 +159,14 @@ class TrainConfig:
         Literal["mask_rows", "official", "automodel"], Field(description="which noisy rows carry a label")
     ] = "mask_rows"
     random_block_phase: Annotated[
-        bool, Field(description="shift each document's block grid at random: every token at every depth")
+        bool,
+        Field(
+            description="shift each document's block grid at random: every token at every depth; "
+            "block_diffusion: noise anew each time"
+        ),
+    ] = False
+    predicts_next: Annotated[
+        bool, Field(description="block_diffusion: row i predicts token i + 1, as in the AR model, instead of token i")
     ] = False
 
     kl_weight: Annotated[
@@ -246,14 +261,25 @@ class TrainConfig:
                 "param_dtype=bfloat16 without lora would round away small updates; keep float32 parameters "
                 "and set compute_dtype=bfloat16"
             )
+        self._check_block_diffusion()
         self._check_curriculum()
         self._check_weights()
+
+    def _check_block_diffusion(self) -> None:
+        if self.objective != "block_diffusion":
+            if self.predicts_next:
+                raise ValueError("predicts_next needs objective=block_diffusion: the others always predict the next")
+            return
+        if self.lora or self.curriculum or self.mesh.context != 1:
+            raise ValueError("objective=block_diffusion trains every parameter, in one stage, with mesh.context=1")
+        if not self.random_block_phase:
+            raise ValueError("objective=block_diffusion needs random_block_phase: true, which seeds its noise")
 
     def _check_weights(self) -> None:
         extra = [self.kl_weight, self.tv_weight, *self.depth_weights]
         extra += [weight for stage in self.curriculum for weight in (stage.kl_weight, stage.tv_weight)]
-        if self.objective == "ar" and any(extra):
-            raise ValueError("kl_weight, tv_weight and depth_weights need objective=introspective: ar has no drafts")
+        if self.objective != "introspective" and any(extra):
+            raise ValueError("kl_weight, tv_weight and depth_weights need objective=introspective")
         if any(weight < 0 for weight in self.depth_weights):
             raise ValueError(f"depth_weights={list(self.depth_weights)} must not be negative")
         if self.depth_weights and len(self.depth_weights) != self.block_length:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from idlm_jax.decoding.method import AR, ISD, BlockDiffusion, Method
 from train.config import TrainConfig
 from train.data import heldout_batches, heldout_prompts
 from train.initialize import StartingPoint
@@ -32,7 +33,7 @@ class Evaluator:
         )
 
     def measure(self, state: TrainState) -> dict[str, float]:
-        """Means over the held-out rows: `loss`, its terms, and acceptance by depth when introspective."""
+        """Means over the held-out rows: `loss`, its terms, and acceptance by depth unless next tokens are all."""
         config, mesh = self._config, self._mesh
         total: Metrics | None = None
         for batch in heldout_batches(config.dataset.path, config.batch_size, config.eval_batches, self._rows):
@@ -47,12 +48,21 @@ class Evaluator:
         return {"loss": loss, **result}
 
     def draw(self, state: TrainState) -> list[Sample]:
-        """Greedy completions, at the stride that the run trains for; none where several processes hold the model."""
+        """Greedy completions, as the run trains for; none where several processes hold the model."""
         if not self._config.eval_samples or jax.process_count() > 1:
             return []
         lm = self._start.language_model(state.params, state.frozen)
-        stride = 1 if self._config.objective == "ar" else self._config.block_length + 1
-        return list(draw_samples(lm, self._prompts, stride, self._mesh))
+        return list(draw_samples(lm, self._prompts, self._method(), self._mesh))
+
+    def _method(self) -> Method:
+        config = self._config
+        match config.objective:
+            case "ar":
+                return AR()
+            case "introspective":
+                return ISD(stride=config.block_length + 1)
+            case "block_diffusion":
+                return BlockDiffusion(config.block_length, predicts_next=config.predicts_next)
 
     @functools.cached_property
     def _prompts(self) -> list[list[int]]:

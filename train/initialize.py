@@ -106,7 +106,7 @@ def trained_config(config: TrainConfig, base: ModelConfig, mask_token_id: int | 
     """
     known = (config.mask_token_id, base.mask_token_id, mask_token_id)
     mask_token_id = next((each for each in known if each is not None), None)
-    if mask_token_id is None and config.objective == "introspective":
+    if mask_token_id is None and config.objective != "ar":
         raise ValueError(
             "no MASK id: give mask_token_id, a checkpoint that names one, or a tokenizer with a mask token"
         )

@@ -77,7 +77,7 @@ def introspective_loss(
     """
     layout = lay_out(batch, settings)
     hidden = two_stream_hidden(module, layout)
-    ce = _cross_entropy(
+    ce = cross_entropy(
         module,
         hidden,
         jnp.tile(layout.labels, (1, 2)),
@@ -125,7 +125,7 @@ def ar_loss(module: Qwen3, batch: Batch, row_counts: RowCounts | None = None) ->
         The loss, float32, and `ce_clean`.
     """
     layout = lay_out(batch, ObjectiveSettings(block_length=1))
-    ce = _cross_entropy(module, clean_hidden(module, layout), layout.labels, layout.is_clean_scored)
+    ce = cross_entropy(module, clean_hidden(module, layout), layout.labels, layout.is_clean_scored)
     clean = _mean_over(layout.is_clean_scored, ce)
     num_rows = clean.num_rows if row_counts is None else row_counts.clean
     return clean.total / jnp.maximum(num_rows, 1.0), {"ce_clean": jax.lax.stop_gradient(clean)}
@@ -156,7 +156,23 @@ def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings,
     """
     layout = lay_out(batch, dataclasses.replace(settings, label_rows=LabelRows.MASK_ROWS))
     noisy, clean = jnp.split(two_stream_hidden(module, layout), 2, axis=1)
-    mask_token_id = _mask_token_id(module)
+    metrics: Metrics = {}
+    for name, values in agreement(module, noisy, clean, layout.labels, tile_rows=tile_rows).items():
+        metrics[name] = _mean_over(layout.is_noisy_scored, values)
+        metrics |= _means_by_depth(name, values, layout.is_noisy_scored, layout.depth, settings.block_length)
+    return jax.lax.stop_gradient(metrics)
+
+
+def agreement(
+    module: Qwen3,
+    noisy: Float[Array, "B L D"],
+    clean: Float[Array, "B L D"],
+    labels: Int[Array, "B L"],
+    *,
+    tile_rows: int = 512,
+) -> dict[str, Float[Array, "B L"]]:
+    """What `measure_acceptance` reports of each row, from the final hidden states that q and p are read from."""
+    mask_id = mask_token_id(module)
 
     def compare(
         row: tuple[Float[Array, " D"], Float[Array, " D"], Int[Array, ""]], head: Float[Array, "V D"]
@@ -164,8 +180,8 @@ def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings,
         noisy_row, clean_row, label = row
         noisy_logits = jnp.einsum("D,VD->V", noisy_row, head, preferred_element_type=jnp.float32)
         clean_logits = jnp.einsum("D,VD->V", clean_row, head, preferred_element_type=jnp.float32)
-        proposal_probs = jax.nn.softmax(noisy_logits.at[mask_token_id].set(-jnp.inf))
-        anchor_probs = jax.nn.softmax(clean_logits.at[mask_token_id].set(-jnp.inf))
+        proposal_probs = jax.nn.softmax(noisy_logits.at[mask_id].set(-jnp.inf))
+        anchor_probs = jax.nn.softmax(clean_logits.at[mask_id].set(-jnp.inf))
         draft = jnp.argmax(proposal_probs)
         return {
             "acceptance": jnp.sum(jnp.minimum(anchor_probs, proposal_probs)),
@@ -182,11 +198,7 @@ def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings,
         return {name: values.reshape(labels.shape) for name, values in flat_values.items()}
 
     measure = per_device(local, (TOKENS, P()), TOKENS)
-    metrics: Metrics = {}
-    for name, values in measure((noisy, clean, layout.labels), module.head_weight()).items():
-        metrics[name] = _mean_over(layout.is_noisy_scored, values)
-        metrics |= _means_by_depth(name, values, layout.is_noisy_scored, layout.depth, settings.block_length)
-    return jax.lax.stop_gradient(metrics)
+    return measure((noisy, clean, labels), module.head_weight())
 
 
 def clean_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B L D"]:
@@ -202,7 +214,7 @@ def clean_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B L D"]:
 
 def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
     """Final hidden states of `[x_t | x_0]`, the noisy half first; an adapter acts on the MASK rows."""
-    mask_id = jnp.asarray(_mask_token_id(module), layout.tokens.dtype)
+    mask_id = jnp.asarray(mask_token_id(module), layout.tokens.dtype)
     noisy_tokens = jnp.where(layout.is_mask, mask_id, layout.tokens)
     if module.config.lora is not None:
         return _hidden_over_frozen_clean(module, layout, noisy_tokens)
@@ -278,13 +290,18 @@ def _row_indices(layout: Layout) -> RowIndices:
     return {name: getattr(layout, name) for name in ("segment_ids", "positions", "block_start")}
 
 
-def _mask_token_id(module: Qwen3) -> int:
+def mask_token_id(module: Qwen3) -> int:
+    """The id fed at MASK positions.
+
+    Raises:
+        ValueError: the model has none.
+    """
     if module.config.mask_token_id is None:
         raise ValueError("config.mask_token_id is None, but noising needs an id below vocab_size to feed as MASK")
     return module.config.mask_token_id
 
 
-def _cross_entropy(
+def cross_entropy(
     module: Qwen3, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], is_scored: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """Per-row loss, 0 on rows that are not scored."""
@@ -308,7 +325,7 @@ def _divergences(
     module: Qwen3, hidden: Float[Array, "B T D"], is_draft: Bool[Array, "B L"]
 ) -> dict[str, Float[Array, "B L"]]:
     """`kl` and `tv` of the noisy from the clean stream per row, 0 on rows that are no scored draft."""
-    mask_token_id = _mask_token_id(module)
+    mask_id = mask_token_id(module)
 
     def local(rows: tuple[Array, Array, Array], weight: Float[Array, "V D"]) -> tuple[Array, Array]:
         noisy, clean, is_draft = rows
@@ -318,7 +335,7 @@ def _divergences(
             teacher,
             weight,
             is_draft.reshape(-1).astype(jnp.float32),
-            excluded_id=mask_token_id,
+            excluded_id=mask_id,
             vocab_axis=axis,
         )
         return kl.reshape(is_draft.shape), tv.reshape(is_draft.shape)

@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from idlm_jax.decoding import AR, ISD, SamplingParams, generate
+from idlm_jax.decoding import SamplingParams, generate
+from idlm_jax.decoding.method import Method
 from idlm_jax.model.language_model import LanguageModel
 from pallas_kernels.bodies import REFERENCE
 
@@ -29,13 +30,13 @@ def format_sample(sample: Sample) -> str:
     return f"sample · {sample.tokens_per_forward:.2f} TPF · ...{sample.prompt[-40:]!r} -> {sample.text[:80]!r}"
 
 
-def draw_samples(lm: LanguageModel, prompts: list[list[int]], stride: int, mesh: Mesh | None) -> Iterator[Sample]:
+def draw_samples(lm: LanguageModel, prompts: list[list[int]], method: Method, mesh: Mesh | None) -> Iterator[Sample]:
     """Completes every prompt at temperature 0.
 
     Args:
         lm: the model, with its tokenizer; sharded over `mesh`.
         prompts: token ids.
-        stride: tokens that a forward of ISD commits at most; 1 is plain AR.
+        method: how.
         mesh: of the arrays; None for one device.
     """
     tokenizer = lm.tokenizer
@@ -46,7 +47,6 @@ def draw_samples(lm: LanguageModel, prompts: list[list[int]], stride: int, mesh:
     room = lm.config.max_position - max(map(len, prompts))
     params = SamplingParams(max_tokens=min(MAX_TOKENS, room), temperature=0.0, ignore_eos=True)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        method = ISD(stride=stride) if stride > 1 else AR()
         completions = generate(lm, prompts, method, params, batch_size=len(prompts))
     for prompt, completion in zip(prompts, completions, strict=True):
         text = tokenizer.decode(prompt)

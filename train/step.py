@@ -1,5 +1,6 @@
 """One optimizer step as one compiled function, and the state it carries."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Shaped
 
 from idlm_jax.model.transformer import Qwen3
+from train import block_diffusion
 from train.batch import Batch
 from train.config import TrainConfig
 from train.curriculum import Span
@@ -80,7 +82,7 @@ def make_train_step(
     """
     span = span or config.spans[-1]
     settings, stage = objective_settings(config, span), {"stage": jnp.float32(span.number)}
-    optimizer, loss_fn = make_optimizer(config), _loss_fn(config, settings)
+    optimizer, (loss_fn, count) = make_optimizer(config), _loss_fn(config, settings)
     parts = config.gradient_accumulation_steps
 
     def loss_of(
@@ -91,7 +93,7 @@ def make_train_step(
     grad_fn = jax.value_and_grad(loss_of, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        counts = lay_out(batch, settings).count_rows()
+        counts = count(batch)
 
         def grads_of(part: Batch) -> tuple[tuple[Float[Array, ""], Metrics], nnx.State]:
             return grad_fn(state.params, state.frozen, part, counts)
@@ -134,14 +136,17 @@ def make_eval_step(graph: nnx.GraphDef[Qwen3], config: TrainConfig) -> Callable[
     stage is what is measured from the start: one yardstick for the whole run.
     """
     settings = objective_settings(config, config.spans[-1])
-    loss_fn = _loss_fn(config, settings)
+    loss_fn, count = _loss_fn(config, settings)
 
     @jax.jit
     def evaluate(params: nnx.State, frozen: nnx.State, batch: Batch) -> Metrics:
         module = nnx.merge(graph, params, frozen)
-        _, terms = loss_fn(module, batch, lay_out(batch, settings).count_rows())
+        _, terms = loss_fn(module, batch, count(batch))
         if config.objective == "ar":
             return terms
+        if config.objective == "block_diffusion":
+            how = {"predicts_next": config.predicts_next}
+            return block_diffusion.measure_agreement(module, batch, config.block_length, **how) | terms
         # Both name their cross-entropies alike; those of the loss count the rows that are trained.
         return measure_acceptance(module, batch, settings) | terms
 
@@ -154,10 +159,21 @@ def _attended_pairs(batch: Batch) -> Float[Array, ""]:
     return 2 * jnp.sum(seen.astype(jnp.float32))
 
 
-def _loss_fn(config: TrainConfig, settings: ObjectiveSettings) -> LossFn:
+def _loss_fn(config: TrainConfig, settings: ObjectiveSettings) -> tuple[LossFn, Callable[[Batch], RowCounts]]:
+    """The loss of a run, and what counts its denominators."""
+    if config.objective == "block_diffusion":
+        how = {"block_length": config.block_length, "predicts_next": config.predicts_next}
+        return (
+            lambda module, batch, counts: block_diffusion.block_diffusion_loss(module, batch, row_counts=counts, **how),
+            functools.partial(block_diffusion.count_rows, **how),
+        )
+
+    def count(batch: Batch) -> RowCounts:
+        return lay_out(batch, settings).count_rows()
+
     if config.objective == "ar":
-        return ar_loss
-    return lambda module, batch, counts: introspective_loss(module, batch, settings, counts)
+        return ar_loss, count
+    return lambda module, batch, counts: introspective_loss(module, batch, settings, counts), count
 
 
 def _every_nth_row(x: Shaped[Array, "B L"], parts: int) -> Shaped[Array, "P rows L"]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import idlm_jax
-from idlm_jax.decoding.method import make_method, read_choice
+from idlm_jax.decoding.method import make_baseline, make_method, read_choice
 
 
 def generate(
@@ -20,6 +20,10 @@ def generate(
         list[str] | None, typer.Argument(help="Texts to complete; '-' or none reads standard input.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
+    decoder: Annotated[
+        Literal["isd", "two-pass", "block-diffusion"],
+        typer.Option("--method", help="What decodes: introspective strided decoding, or what it is compared with."),
+    ] = "isd",
     stride: Annotated[
         str, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR; auto: chosen while it runs.")
     ] = "4",
@@ -34,6 +38,19 @@ def generate(
         Literal["exact", "coupled"],
         typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted; always so where auto."),
     ] = "exact",
+    block_length: Annotated[int, typer.Option(help="Block diffusion: tokens of a block, as trained.")] = 4,
+    threshold: Annotated[
+        float, typer.Option(help="Block diffusion: a MASK is filled at a probability above this; 1: by the share.")
+    ] = 0.9,
+    denoising_steps: Annotated[
+        int | None, typer.Option(help="Block diffusion: forwards that fill a block at the latest.", show_default="L")
+    ] = None,
+    edit_threshold: Annotated[
+        float | None, typer.Option(help="Block diffusion: a token gives way to one above this (LLaDA2.1).")
+    ] = None,
+    predicts_next: Annotated[
+        bool, typer.Option(help="Block diffusion: row i predicts token i + 1, as in models made from AR ones.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
@@ -51,7 +68,7 @@ def generate(
     stream: Annotated[bool, typer.Option(help="Print text as it is committed (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per completion.")] = False,
 ) -> None:
-    """Completes prompts by introspective strided decoding.
+    """Completes prompts by introspective strided decoding, or by what it is compared with.
 
     Example: idlm generate assets/tiny-qwen3-py --adapter assets/tiny-qwen3-py-isd 'def main():'
     """
@@ -64,8 +81,19 @@ def generate(
         texts = [
             str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns
         ]
-    method = make_method(
-        read_choice("--stride", stride), proposals, read_choice("--branches", branches), rule, max_stride
+    chosen = read_choice("--stride", stride)
+    method = (
+        make_method(chosen, proposals, read_choice("--branches", branches), rule, max_stride)
+        if decoder == "isd"
+        else make_baseline(
+            decoder,
+            stride=chosen,
+            block_length=block_length,
+            threshold=threshold,
+            steps=denoising_steps,
+            edit_threshold=edit_threshold,
+            predicts_next=predicts_next,
+        )
     )
     params = [
         idlm_jax.SamplingParams(

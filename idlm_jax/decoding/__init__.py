@@ -1,16 +1,18 @@
-"""Exact decoding: AR, introspective strided decoding, and the loop that runs either."""
+"""Exact decoding: AR, introspective strided decoding, what it is compared with, and the loop that runs them."""
 
 from idlm_jax.decoding.generate import Completion, TokenLogprob, generate
-from idlm_jax.decoding.method import AR, ISD
+from idlm_jax.decoding.method import AR, ISD, BlockDiffusion, TwoPass
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.stream import generate_stream, stream_tokens
 
 __all__ = [
     "AR",
     "ISD",
+    "BlockDiffusion",
     "Completion",
     "SamplingParams",
     "TokenLogprob",
+    "TwoPass",
     "generate",
     "generate_stream",
     "stream_tokens",

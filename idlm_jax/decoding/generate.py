@@ -11,7 +11,7 @@ import numpy as np
 from idlm_jax.decoding.auto import run_auto
 from idlm_jax.decoding.fixed_width import group_slots_of
 from idlm_jax.decoding.loop import programs
-from idlm_jax.decoding.method import ISD, Method, StepPlan, step_plan
+from idlm_jax.decoding.method import ISD, BlockDiffusion, Method, StepPlan, check_mask_id, step_plan
 from idlm_jax.decoding.pacing import Pacer
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
@@ -154,16 +154,15 @@ def prepare_batch(
             the model has no MASK id for ISD, or the window is too wide for the bit-for-bit mode.
     """
     config = lm.config
-    if method.num_masks and config.mask_token_id is None:
-        raise ValueError(
-            f"{method} needs a MASK id and this model has none: pass load(..., mask_token_id=...) or use AR()"
-        )
+    check_mask_id(method, config.mask_token_id)
     for index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
         if len(prompt) + wanted.max_tokens > config.max_position:
             raise ValueError(
                 f"prompt {index} has {len(prompt)} tokens and max_tokens={wanted.max_tokens}: together they exceed "
                 f"the model's {config.max_position} positions"
             )
+    if isinstance(method, BlockDiffusion) and any(wanted.is_shaped for wanted in params):
+        raise ValueError("BlockDiffusion knows no penalties, biases or floors: they ask what stands before a token")
     prompt_lens = [len(prompt) for prompt in prompts]
     ends = [length + wanted.max_tokens for length, wanted in zip(prompt_lens, params, strict=True)]
     slots = bucket(len(prompts), smallest=group_slots or 1)  # a whole number of groups

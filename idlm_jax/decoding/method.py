@@ -5,6 +5,8 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+from idlm_jax.decoding.baselines import BlockDiffusion, TwoPass
+
 MAX_STRIDE = 16
 
 # Query rows of a tile in the bit-for-bit mode: those of stride 8, and of stride 4 with all branches, fit.
@@ -119,7 +121,15 @@ class ISD:
         return tuple(methods)
 
 
-Method = AR | ISD
+Method = AR | ISD | BlockDiffusion | TwoPass
+
+
+def check_mask_id(method: Method, mask_token_id: int | None) -> None:
+    """Raises ValueError if the method feeds MASKs and the model has no id for them."""
+    if mask_token_id is None and (method.num_masks or isinstance(method, BlockDiffusion)):
+        raise ValueError(
+            f"{method} needs a MASK id and this model has none: pass load(..., mask_token_id=...) or use AR()"
+        )
 
 
 def make_method(
@@ -139,6 +149,28 @@ def make_method(
     return ISD(stride=stride, proposals=proposals, branches=branches, rule=rule, max_stride=max_stride)
 
 
+def make_baseline(
+    kind: Literal["two-pass", "block-diffusion"],
+    *,
+    stride: int | Choice,
+    block_length: int,
+    threshold: float,
+    steps: int | None,
+    edit_threshold: float | None,
+    predicts_next: bool,
+) -> Method:
+    """What ISD is compared with; `stride` is read for "two-pass", the rest for "block-diffusion".
+
+    Raises:
+        ValueError: as the method's class.
+    """
+    if kind == "block-diffusion":
+        return BlockDiffusion(block_length, threshold, steps, edit_threshold, predicts_next=predicts_next)
+    if stride == "auto":
+        raise ValueError("two-pass decoding has one stride: 'auto' chooses among those of ISD")
+    return TwoPass(stride)
+
+
 def read_choice(name: str, text: str) -> int | Choice:
     """A number or "auto", as a flag of that name was given.
 
@@ -155,11 +187,23 @@ def read_choice(name: str, text: str) -> int | Choice:
 
 def method_name(method: Method) -> str:
     """Short name for tables and plots."""
-    if not isinstance(method, ISD):
-        return "AR"
+    match method:
+        case AR():
+            return "AR"
+        case TwoPass():
+            return f"two-pass N={method.stride}"
+        case BlockDiffusion():
+            return _block_diffusion_name(method)
     kind = "" if (method.proposals, method.rule) == ("sampled", "exact") else f" {method.proposals}, {method.rule}"
     branches = f" x{method.branches}" if method.branches != 1 else ""
     return f"ISD N={method.stride}{branches}{kind}"
+
+
+def _block_diffusion_name(method: BlockDiffusion) -> str:
+    steps = method.block_length if method.steps is None else method.steps
+    fills = f"{steps} steps" if method.threshold == 1 else f"t={method.threshold:g}"
+    edits = "" if method.edit_threshold is None else f", edits t={method.edit_threshold:g}"
+    return f"block diffusion b={method.block_length} {fills}{edits}"
 
 
 def window_len(stride: int, branches: int) -> int:
@@ -183,6 +227,8 @@ class StepPlan:
         mask_token_id: id fed at MASK rows and removed from every distribution; -1 when the model has none.
         mesh: whose "tensor" axis cuts the model and its KV pool; None for one device.
         group_slots: slots that the bit-for-bit mode computes at a time (`fixed_width`); None is the default mode.
+        block: block diffusion, whose forwards are in `block_diffusion`; None for all else.
+        two_pass: drafts are made and verified in forwards of their own.
     """
 
     num_masks: int
@@ -196,10 +242,16 @@ class StepPlan:
     coupled: bool = False
     mesh: Mesh | None = None
     group_slots: int | None = None
+    block: BlockDiffusion | None = None
+    two_pass: bool = False
 
     def __post_init__(self) -> None:
+        if self.block is not None and self.num_top_logprobs is not None:
+            raise ValueError("BlockDiffusion reports no log-probabilities: its tokens have none under the whole text")
         if self.group_slots is None:
             return
+        if self.block is not None or self.two_pass:
+            raise ValueError("deterministic='bitwise' knows AR and ISD only")
         if self.group_slots < 1:
             raise ValueError(f"{self.group_slots=} must be at least 1")
         if self.window_len > TILE_ROWS:
@@ -210,12 +262,19 @@ class StepPlan:
 
     @property
     def written_rows(self) -> int:
-        """Rows that a decode forward writes to the cache, from the pending token's slot on."""
+        """Slots that a decode forward needs, from the pending token's on: those of its rows, or of a whole tile.
+
+        Block diffusion reads its block as context, behind which there must be another (`paged_block_attend`).
+        """
+        if self.block is not None:
+            return 2 * self.block.block_length
         return self.window_len if self.group_slots is None else TILE_ROWS
 
     @property
     def window_len(self) -> int:
         """Query rows of a decode forward, W."""
+        if self.block is not None or self.two_pass:
+            return self.num_masks + 1
         return window_len(self.num_masks + 1, self.branches)
 
     @property
@@ -226,7 +285,7 @@ class StepPlan:
     @property
     def keeps_proposal_logits(self) -> bool:
         """Whether verification needs the distributions that proposals were drawn from; else they are point masses."""
-        is_drawn = not self.argmax_proposals or self.soft_proposals
+        is_drawn = (not self.argmax_proposals or self.soft_proposals) and self.block is None
         return self.num_masks > 0 and is_drawn and not self.all_greedy and not self.coupled
 
 
@@ -253,4 +312,6 @@ def step_plan(
         mask_token_id=-1 if mask_token_id is None else mask_token_id,
         mesh=mesh,
         group_slots=group_slots,
+        block=method if isinstance(method, BlockDiffusion) else None,
+        two_pass=isinstance(method, TwoPass),
     )

@@ -1,11 +1,31 @@
-"""What a forward committed: its log-probabilities, and everything put at its place."""
+"""What a forward committed: how much of it, its log-probabilities, and everything put at its place."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from idlm_jax.decoding.method import StepPlan
-from idlm_jax.decoding.state import Committed, DecodeState, Logprobs
+from idlm_jax.decoding.state import Committed, DecodeState, Finish, Logprobs
+
+
+def how_many(
+    state: DecodeState, candidates: Int[Array, "B C"], accepted_len: Int[Array, " B"]
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Tokens to commit, cut at the first stop token and at the budget; and why the slot ends, if it does."""
+    depths = jnp.arange(candidates.shape[1], dtype=jnp.int32)[None]
+    is_stop = jnp.any(candidates[..., None] == state.stop_ids[:, None], axis=-1)
+    is_stop &= depths <= accepted_len[:, None]
+    until_stop = jnp.min(jnp.where(is_stop, depths + 1, candidates.shape[1] + 1), axis=1)
+    budget = state.end - state.context_len - 1
+    offered = jnp.minimum(accepted_len + 1, until_stop)
+    is_running = state.finish == Finish.RUNNING
+    num_committed = jnp.where(is_running, jnp.minimum(offered, budget), 0)
+    finish = jnp.where(
+        until_stop <= num_committed,
+        jnp.int32(Finish.STOP),
+        jnp.where(num_committed == budget, jnp.int32(Finish.LENGTH), jnp.int32(Finish.RUNNING)),
+    )
+    return num_committed, jnp.where(is_running, finish, state.finish)
 
 
 def logprobs_of(plan: StepPlan, anchor_logits: Float[Array, "B C V"], candidates: Int[Array, "B C"]) -> Logprobs | None:

@@ -50,12 +50,20 @@ class Committed(NamedTuple):
     checksums: UInt[Array, "B C"] | None = None  # of the logits behind each token; bit-for-bit mode only
 
 
+class Block(NamedTuple):
+    """The block that block diffusion works on; it holds position `context_len + 1`."""
+
+    tokens: Int[Array, "B L"]  # the MASK id where none is filled in yet
+    num_steps: Int[Array, " B"]  # forwards over it so far
+    num_edits: Int[Array, " B"]  # of those, over a full one
+
+
 class DecodeState(NamedTuple):
     """A batch in flight. S is the capacity; positions are absolute and 0-based.
 
-    The pending token of slot b stands at position `context_len[b]`: committed, its keys and values not yet written.
-    Cache slots [0, context_len) belong to the request; anything behind is stale. Slots exist for every row that a
-    forward may write, so the page table covers a window more than S.
+    The pending token of slot b stands at position `context_len[b]`: committed, its keys and values not yet written; by
+    block diffusion they are, and `pending` is not used. Cache slots [0, context_len) belong to the request; anything
+    behind is stale. Slots exist for every row that a forward may write, so the page table covers a window more than S.
     """
 
     tokens: Int[Array, "B S"]  # prompt and committed tokens; S = 0 for an owner that keeps them elsewhere
@@ -76,6 +84,7 @@ class DecodeState(NamedTuple):
     page_table: Int[Array, "B pages"]
     cache: KVCache
     checksums: UInt[Array, "B S"] | None = None  # at the positions of `tokens`; bit-for-bit mode only
+    block: Block | None = None  # block diffusion only
 
 
 def narrowed(state: DecodeState, num_masks: int) -> DecodeState:
@@ -184,4 +193,5 @@ def initial_state(
         page_table=paging[0],
         cache=paging[1],
         checksums=None if plan.group_slots is None else zeros(capacity, dtype=jnp.uint32),
+        block=None if plan.block is None else Block(zeros(plan.block.block_length), zeros(), zeros()),
     )

@@ -5,25 +5,22 @@ to verify. Every function here is pure and traced; the compiled entry points liv
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt
 
 from idlm_jax.decoding import fixed_width
+from idlm_jax.decoding.block_diffusion import denoise, prefill_block
 from idlm_jax.decoding.method import StepPlan
-from idlm_jax.decoding.record import logprobs_of, record
+from idlm_jax.decoding.over_mesh import on_every_device, whole_logits
+from idlm_jax.decoding.record import how_many, logprobs_of, record
 from idlm_jax.decoding.shaping import count, shape
 from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, narrowed, widened
 from idlm_jax.decoding.window import Window, build_window
 from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.kv_cache import KVCache
 from idlm_jax.model.transformer import Qwen3
-from idlm_jax.sharding import param_spec
 from pallas_kernels.verify import Purpose, Verdict, draft, verify, verify_coupled
 
 
@@ -40,7 +37,8 @@ def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) ->
         start = jnp.zeros_like(state.context_len)
         return record(*prefill_chunk(module, plan, state, state.tokens[:, :num_rows], start))
     page_table = state.page_table
-    num_pages = -(-(num_rows + plan.num_masks) // state.cache.page_size)  # nothing stands behind these yet
+    behind = plan.num_masks if plan.block is None else plan.written_rows
+    num_pages = -(-(num_rows + behind) // state.cache.page_size)  # nothing stands behind these yet
     start = jnp.zeros_like(state.context_len)
     state, committed = prefill_chunk(
         module, plan, state._replace(page_table=page_table[:, :num_pages]), state.tokens[:, :num_rows], start
@@ -74,6 +72,8 @@ def prefill_chunk(
         known: the token to commit, where it was drawn before; -1 draws one.
         allowed: as in `shape`, for the first token.
     """
+    if plan.block is not None:
+        return prefill_block(module, plan, state, tokens, start)
     step = functools.partial(_prefill_chunk, module, plan)
     if plan.group_slots is None:
         return step(state, tokens, start, known, allowed)
@@ -90,12 +90,12 @@ def _prefill_chunk(
     known: Int[Array, " B"] | None,
     allowed: UInt[Array, "B 1 words"] | None,
 ) -> tuple[DecodeState, Committed]:
-    read = _prefill_whole if plan.group_slots is None else _prefill_by_tiles
+    read = _prefill_at_once if plan.group_slots is None else _prefill_by_tiles
     after, committed = read(module, plan, narrowed(state, plan.num_masks), tokens, start, known, allowed)
     return widened(after, state), committed
 
 
-def _prefill_whole(
+def _prefill_at_once(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
@@ -118,7 +118,7 @@ def _prefill_whole(
     # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
     rows = num_tokens - 1 + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
     used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
-    state, logits = state._replace(cache=cache), _whole(module.logits(used), plan)
+    state, logits = state._replace(cache=cache), whole_logits(module.logits(used), plan)
     return _commit_and_draft(module, plan, state, logits, jnp.zeros_like(num_tokens), known=known, allowed=allowed)
 
 
@@ -152,6 +152,8 @@ def decode_window(
 
     The state may have room for more drafts than the plan verifies and makes: the rest is ignored.
     """
+    if plan.block is not None:
+        return denoise(module, plan, state)
     step = functools.partial(_decode_window, module, plan)
     if plan.group_slots is None:
         return step(state, allowed)
@@ -161,7 +163,8 @@ def decode_window(
 def _decode_window(
     module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None
 ) -> tuple[DecodeState, Committed]:
-    after, committed = _verify_and_draft(module, plan, narrowed(state, plan.num_masks), allowed)
+    forward = _verify_or_draft if plan.two_pass else _verify_and_draft
+    after, committed = forward(module, plan, narrowed(state, plan.num_masks), allowed)
     return widened(after, state), committed
 
 
@@ -182,6 +185,28 @@ def _verify_and_draft(
     return _commit_and_draft(module, plan, state._replace(cache=cache), logits, group_prefix, allowed=allowed)
 
 
+def _verify_or_draft(
+    module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None
+) -> tuple[DecodeState, Committed]:
+    """A forward of `TwoPass`: with drafts to verify it makes none, without any it commits a token and drafts."""
+    drafts = state.num_proposals == 0
+    behind = jnp.where(drafts[:, None], plan.mask_token_id, state.proposals)
+    window = build_window(
+        jnp.concatenate([state.pending[:, None], behind], axis=1),
+        jnp.full_like(state.pending, plan.num_masks + 1),
+        state.context_len,
+        jnp.zeros((len(drafts), 0), jnp.int32),
+        num_masks=0,
+        mask_token_id=plan.mask_token_id,
+    )
+    is_mask = drafts[:, None] & (jnp.arange(plan.num_masks + 1) > 0)[None]
+    logits, cache = _window_logits(module, plan, state, window._replace(is_mask=is_mask))
+    # The MASKs stand behind the pending token; behind no prefix at all where there are none.
+    group_prefix = jnp.where(drafts, 0, -1)[:, None]
+    logits = jnp.concatenate([logits, logits[:, 1:]], axis=1)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), logits, group_prefix, allowed=allowed)
+
+
 def _window_logits(
     module: Qwen3, plan: StepPlan, state: DecodeState, window: Window
 ) -> tuple[Float[Array, "B W V"], KVCache]:
@@ -196,7 +221,7 @@ def _window_logits(
         lora_gate=window.is_mask,
     )
     # One product for all rows: the head is read once.
-    return _whole(module.logits(hidden), plan), cache
+    return whole_logits(module.logits(hidden), plan), cache
 
 
 def _prefixes(plan: StepPlan, state: DecodeState) -> Int[Array, "B P"]:
@@ -249,14 +274,14 @@ def _commit_and_draft(
     if not plan.coupled:
         op, of_drafts = verify, (state.proposal_logits, state.proposal_stats) if has_logits else (None, None)
     num_drafts = jnp.minimum(state.num_proposals, num_checked)
-    verdict = _everywhere(op, module, plan)(
+    verdict = on_every_device(op, module, plan)(
         anchor_logits, drafts, *of_drafts, num_drafts, state.sampling, state.context_len + 1
     )
     depths = jnp.arange(num_anchors, dtype=jnp.int32)[None]
     is_final = depths == verdict.accepted_len[:, None]
     next_token = verdict.next_token if known is None else jnp.where(known >= 0, known, verdict.next_token)
     candidates = jnp.where(is_final, next_token[:, None], jnp.pad(drafts, ((0, 0), (0, 1))))
-    num_committed, finish = _how_many(state, candidates, verdict.accepted_len)
+    num_committed, finish = how_many(state, candidates, verdict.accepted_len)
     is_running = state.finish == Finish.RUNNING
     counts = _count(state, verdict, num_committed, is_running)
     last = jnp.take_along_axis(candidates, jnp.maximum(num_committed - 1, 0)[:, None], axis=1)[:, 0]
@@ -271,73 +296,6 @@ def _commit_and_draft(
     committed = Committed(candidates, num_committed, logprobs_of(plan, raw_logits, candidates), checksums)
     state = _draft(module, plan, state, logits[:, num_anchors:], group_prefix, verdict.accepted_len)
     return state, committed
-
-
-def _whole(logits: Float[Array, "B W V"], plan: StepPlan) -> Float[Array, "B W V"]:
-    """The logits on every device of a mesh, which has computed those of its part of the vocabulary.
-
-    The simple way, for one gather a step: 4 B W V bytes, 136 MB for 32 windows of 7 rows of Qwen3, beside gigabytes of
-    weights to read. All devices then do the same sums in the same order, so they draw the same tokens.
-    """
-    if plan.mesh is None:
-        return logits
-    # One axis of rows: of two, the TPU's compiler pads the shorter to 128 for this gather, and takes gigabytes.
-    rows = logits.reshape(-1, logits.shape[-1])
-    # Said in two steps: told only that the product is wanted whole, XLA gathers the head's weights instead.
-    for spec in (param_spec("TV", rows.shape, plan.mesh), P()):
-        rows = jax.lax.with_sharding_constraint(rows, NamedSharding(plan.mesh, spec))
-    return rows.reshape(logits.shape)
-
-
-def _everywhere(op: Callable[..., Any], module: Qwen3, plan: StepPlan, **options: Any) -> Callable[..., Any]:
-    """`verify` or `draft` with what both are told alike; over a mesh, on every device alike."""
-    kernels = module.config.kernels
-    op = functools.partial(
-        op,
-        filtered=plan.filtered,
-        excluded_id=plan.mask_token_id,
-        all_greedy=plan.all_greedy,
-        body=kernels.verify,
-        interpret=kernels.interpret,
-        **options,
-    )
-    if plan.mesh is None:
-        return op
-
-    def everywhere(*args: Any) -> Any:
-        # A prefill has no drafts to verify, and an array without elements crashes the partitioner of jax 0.11.2 (a null
-        # pointer in Shardy's ManualComputationUnusedInputsPattern): such an array is made inside.
-        leaves, tree = jax.tree.flatten(args)
-
-        def inside(*given: Array) -> Any:
-            rest = iter(given)
-            every = [next(rest) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
-            return op(*jax.tree.unflatten(tree, every))
-
-        mapped = jax.shard_map(inside, mesh=plan.mesh, in_specs=P(), out_specs=P(), check_vma=False)
-        return mapped(*(leaf for leaf in leaves if leaf.size))
-
-    return everywhere
-
-
-def _how_many(
-    state: DecodeState, candidates: Int[Array, "B C"], accepted_len: Int[Array, " B"]
-) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-    """Tokens to commit, cut at the first stop token and at the budget; and why the slot ends, if it does."""
-    depths = jnp.arange(candidates.shape[1], dtype=jnp.int32)[None]
-    is_stop = jnp.any(candidates[..., None] == state.stop_ids[:, None], axis=-1)
-    is_stop &= depths <= accepted_len[:, None]
-    until_stop = jnp.min(jnp.where(is_stop, depths + 1, candidates.shape[1] + 1), axis=1)
-    budget = state.end - state.context_len - 1
-    offered = jnp.minimum(accepted_len + 1, until_stop)
-    is_running = state.finish == Finish.RUNNING
-    num_committed = jnp.where(is_running, jnp.minimum(offered, budget), 0)
-    finish = jnp.where(
-        until_stop <= num_committed,
-        jnp.int32(Finish.STOP),
-        jnp.where(num_committed == budget, jnp.int32(Finish.LENGTH), jnp.int32(Finish.RUNNING)),
-    )
-    return num_committed, jnp.where(is_running, finish, state.finish)
 
 
 def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"], is_running: Array) -> Counts:
@@ -382,7 +340,7 @@ def _draft(
         chosen = shape(chosen, state.shaping, behind, where, state.stop_ids, state.sampling.temperature, None)
     # MASK k behind the accepted drafts predicts the token k places after the one just committed.
     purpose = Purpose.COMMIT if plan.coupled else Purpose.PROPOSE
-    op = _everywhere(draft, module, plan, argmax=plan.argmax_proposals, purpose=purpose)
+    op = on_every_device(draft, module, plan, argmax=plan.argmax_proposals, purpose=purpose)
     proposals, stats = op(chosen, state.sampling, state.context_len + 1)
     if plan.keeps_proposal_logits:
         state = state._replace(proposal_logits=chosen)

@@ -121,10 +121,57 @@ def paged_attend(
         mixed = paged_attention(q, *pools, table, context_len, visible, **how)
         return mixed, KVCache(pools[0].reshape(carried.k.shape), pools[1].reshape(carried.v.shape))
 
+    return _cut_by_heads(attend, mesh)
+
+
+def paged_block_attend(
+    page_table: Int[Array, "B pages"],
+    start: Int[Array, " B"],
+    block_length: int,
+    kernels: Kernels,
+    mesh: Mesh | None = None,
+) -> Attend:
+    """Attention over a `KVCache` within and before blocks: each row sees all of its block and of those before it.
+
+    Once a block's keys are written, its rows see what a context that ends behind it holds, and nothing new: the op
+    needs no mask above the diagonal. Slots for another block behind the last must exist.
+
+    Args:
+        page_table: as in `paged_attend`.
+        start: slot of each request's first new row, where a block starts. Rows are whole blocks.
+        block_length: rows of a block, L.
+        kernels: as in `paged_attend`.
+        mesh: as in `paged_attend`.
+    """
+
+    def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: KVCache) -> tuple[Queries, KVCache]:
+        table = page_table + layer * carried.num_pages
+        pools = carried.k.reshape(-1, *carried.k.shape[2:]), carried.v.reshape(-1, *carried.v.shape[2:])
+        how = {"body": kernels.paged_attention, "interpret": kernels.interpret}
+        pools = write_pages(pools, (k, v), table, start, **how)
+        batch, rows = q.shape[:2]
+        blocks = rows // block_length
+        behind = start[:, None] + block_length * jnp.arange(1, blocks + 1, dtype=jnp.int32)[None]
+        mixed = paged_attention(
+            q.reshape(batch * blocks, block_length, *q.shape[2:]),
+            *pools,
+            jnp.repeat(table, blocks, axis=0),
+            behind.reshape(-1),
+            jnp.zeros((batch * blocks, block_length, block_length), bool),
+            **how,
+        )
+        return mixed.reshape(q.shape), KVCache(pools[0].reshape(carried.k.shape), pools[1].reshape(carried.v.shape))
+
+    return _cut_by_heads(attend, mesh)
+
+
+def _cut_by_heads(attend: Attend, mesh: Mesh | None) -> Attend:
+    """XLA does not cut kernels. Heads are cut in stretches, so query heads stay with the key head that they read.
+
+    What `attend` closes over is whole on every device.
+    """
     if mesh is None:
         return attend
-    # XLA does not cut kernels. Heads are cut in stretches, so query heads stay with the key head that they read. What
-    # `attend` closes over is whole on every device.
     heads = P(None, None, "tensor")
     return jax.shard_map(
         attend, mesh=mesh, in_specs=(heads, heads, heads, P(), POOL_SPEC), out_specs=(heads, POOL_SPEC), check_vma=False

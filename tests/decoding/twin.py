@@ -68,7 +68,7 @@ def shaped(
     return x
 
 
-def _draw(probs: np.ndarray, params: SamplingParams, position: int, purpose: Purpose) -> int:
+def draw(probs: np.ndarray, params: SamplingParams, position: int, purpose: Purpose) -> int:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(params.seed), position), purpose)
     with np.errstate(divide="ignore"):
         return int(jax.random.categorical(key, jnp.log(jnp.asarray(probs, jnp.float32))))
@@ -126,12 +126,12 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
                 new.append(draft)
                 continue
             residual = np.maximum(p - q, 0)
-            new.append(_draw(residual / residual.sum(), params, position, Purpose.COMMIT))
+            new.append(draw(residual / residual.sum(), params, position, Purpose.COMMIT))
             break
         else:
             position = len(committed) + len(drafts)
             p = probs(logits[position - 1], committed + new)
-            new.append(_draw(p, params, position, Purpose.COMMIT))
+            new.append(draw(p, params, position, Purpose.COMMIT))
         accepted = drafts[: len(new) - 1]
         for token in new:
             committed.append(token)
@@ -144,7 +144,7 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
                 row = behind[len(before) + len(accepted) + k]
                 q = probs(row, committed)
                 argmax = isinstance(method, ISD) and method.proposals == "argmax"
-                draft = int(np.argmax(q)) if argmax else _draw(q, params, len(committed) + k, Purpose.PROPOSE)
+                draft = int(np.argmax(q)) if argmax else draw(q, params, len(committed) + k, Purpose.PROPOSE)
                 drafts.append(draft)
                 draft_probs.append(np.eye(len(q))[draft] if argmax else q)
                 confidence.append(float(dense_probs(row, SamplingParams(temperature=1.0), mask_id)[draft]))
