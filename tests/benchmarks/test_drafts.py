@@ -12,6 +12,7 @@ PROMPTS = random_prompts(5, 9, 90)
 PARAMS = [idlm_jax.SamplingParams(max_tokens=24, temperature=1.0, seed=seed, ignore_eos=True) for seed in range(5)]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("branches", [1, 3])
 def test_watching_counts_what_generate_counts_and_never_a_group_that_was_not_there(branches):
     lm, method = tiny_lm(), ISD(3, branches=branches)

@@ -49,6 +49,7 @@ def test_streaming_prints_the_same_text_as_json(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.removesuffix("\n") == text.rstrip("�")
 
 
+@pytest.mark.proof
 def test_the_bit_for_bit_mode_prints_and_streams_what_ar_says_in_that_mode(folder, monkeypatch, capsys):
     options = ["abc", "--max-tokens", 8, "--deterministic", "bitwise"]
     run(monkeypatch, "generate", folder, *options, "--json")

@@ -63,7 +63,7 @@ def acceptance(completions) -> float:
     return accepted / verified
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=BFLOAT16_FIRST)
 def ar_alone(request) -> tuple[str, list[list[tuple[int, int]]]]:
     """AR of the base model without its adapter, one request at a time."""
     return request.param, bits(decoded(tiny(request.param), PROMPTS, AR()))
@@ -97,6 +97,7 @@ def test_four_slots_at_a_time_have_the_bits_of_one_request_among_fillers(dtype):
         assert bits(decoded(base, [PROMPTS[index]], AR(), group_slots=4)) == [together[index]]
 
 
+@pytest.mark.proof
 def test_a_stream_has_the_tokens_of_the_whole():
     lm, params = tiny("bfloat16", adapter=True), SamplingParams(max_tokens=20, temperature=0.7, seed=3)
     wanted = decoded(lm, PROMPTS[:1], ISD(4), params)[0].token_ids
@@ -105,6 +106,7 @@ def test_a_stream_has_the_tokens_of_the_whole():
     assert 1 < len(pieces) < len(wanted)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_capacity_and_long_neighbours_change_no_bit(dtype):
     """Beside a request of 300 tokens, every page table is twice as wide."""
@@ -116,6 +118,7 @@ def test_capacity_and_long_neighbours_change_no_bit(dtype):
     assert bits(decoded(lm, prompts[:1], ISD(4), params[:1])) == bits(together)[:1]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_sampled_requests_are_the_same_alone_and_among_others(dtype):
     lm = tiny(dtype, adapter=True)

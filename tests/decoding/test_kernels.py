@@ -22,7 +22,7 @@ def expected():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["triton", "tpu"])
+@pytest.mark.parametrize("name", ["triton", pytest.param("tpu", marks=pytest.mark.proof)])
 def test_tokens_do_not_depend_on_the_kernels(name, expected):
     # Two of the TPU interpreter's kernels that may run at once can wait for each other forever on two cores.
     kernels = dataclasses.replace(BY_NAME[name], interpret=True)

@@ -20,6 +20,7 @@ def lm() -> LanguageModel:
     return from_module(sharpen(tiny_module(3, vocab_size=12, mask_token_id=11), 4.0))
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_while_loop_equals_a_python_loop_over_the_same_step(lm):
     prompts = random_prompts(5, 12, 11)

@@ -46,7 +46,12 @@ def p_value(tokens: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(
-    ("purpose", "coupled"), [(Purpose.PROPOSE, False), (Purpose.COMMIT, True), (Purpose.PROPOSE, True)]
+    ("purpose", "coupled"),
+    [
+        pytest.param(Purpose.PROPOSE, False, marks=pytest.mark.proof),
+        (Purpose.COMMIT, True),
+        pytest.param(Purpose.PROPOSE, True, marks=pytest.mark.proof),
+    ],
 )
 def test_samples_follow_p(sampling, purpose, coupled):
     assert p_value(sample(sampling, purpose, coupled=coupled)[0]) >= FALSE_ALARM

@@ -35,7 +35,7 @@ def forward(length: int):
 
     @nnx.jit
     def run(module, tokens, is_there):
-        hidden, _ = module.hidden_states(tokens, positions, causal_attend((visible & is_there)[None]))
+        hidden, _ = module.hidden_states(tokens, positions, causal_attend((visible & is_there[None])[None]))
         return jax.nn.log_softmax(module.logits(hidden)[0])
 
     return run
@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_one_block_at_a_time(length, predicts_next):
     np.testing.assert_allclose(loss, total / count, rtol=2e-5)
     np.testing.assert_allclose(terms["loss"].mean, loss, rtol=1e-6)
     counts = count_rows(batch, length, predicts_next=predicts_next)
-    assert counts.noisy + counts.clean == count
+    assert float(counts.noisy + counts.clean) == count
     # Micro-batches add up, each with the denominators of all.
     parts = [jax.tree.map(lambda x, row=row: x[row : row + 1], batch) for row in range(len(batch.tokens))]
     losses = [block_diffusion_loss(module, part, length, counts, predicts_next=predicts_next)[0] for part in parts]
@@ -148,7 +148,7 @@ def test_agreement_is_the_overlap_of_two_ways_to_hide_a_block(predicts_next):
             overlaps[place - start - 1].append(np.minimum(*pair).sum())
     for depth, values in overlaps.items():
         term = found[f"acceptance/depth_{depth}"]
-        assert term.num_rows == len(values)
+        assert float(term.num_rows) == len(values)
         np.testing.assert_allclose(term.mean, np.mean(values), rtol=1e-4)
 
 

@@ -64,6 +64,7 @@ def test_a_run_without_a_curriculum_is_one_stage(tmp_path):
     assert (only.start, only.stop, only.block_length, only.auto_balance) == (0, 4, 2, True)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_each_stage_compiles_once_logs_its_number_and_resumes_at_its_border_with_the_same_bits(
     dataset, tmp_path, monkeypatch

@@ -101,6 +101,7 @@ def test_a_step_is_the_same_on_every_mesh(objective, shape):
     assert held < (0.85 if objective == "lora" and cuts > 1 else 1.1 / cuts)
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_run_goes_on_over_another_mesh_and_ends_where_one_device_does(tmp_path):
     data = tiny_dataset(tmp_path)

@@ -103,6 +103,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.proof
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_earlier_checkpoints(dataset, tmp_path):
     config = tiny_run(dataset, tmp_path, model=TINY_MODEL | {"hidden_size": 128}, steps=6, eval_batches=0)

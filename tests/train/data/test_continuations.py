@@ -43,6 +43,7 @@ def train_documents(dataset):
             yield tokens[segments == segment].tolist()
 
 
+@pytest.mark.proof
 def test_every_long_enough_train_document_is_continued_as_the_model_would(dataset, lm, tmp_path):
     out = tmp_path / "own.jsonl"
     prompts = [document[:5] for document in train_documents(dataset) if len(document) > 5]
