@@ -133,9 +133,8 @@ class Scheduler:
         windows = []
         # Oldest first; whoever needs a page takes it from the youngest.
         for request in list(self.running):
-            # Every forward in flight commits at least one token, unless it works on a block.
-            at_least = 0 if self.limits.block_length else request.in_flight
-            is_over = len(request.tokens) + at_least >= request.end
+            # Every forward in flight commits a token at least; of a block, it may: the last one then waits to be sure.
+            is_over = len(request.tokens) + request.in_flight >= request.end
             if request.phase is not Phase.DECODE or is_over:
                 continue
             if request.is_stepwise and (request.in_flight or request.has_unread_prefill):

@@ -26,7 +26,7 @@ from serve.bench.plot import plot
 from serve.bench.prompts import Prompt, read_prompts
 from serve.bench.report import Result, print_report, write_report
 from serve.bench.rounds import WARM_UP, Run, run_rounds
-from serve.bench.servers import flags_of, started_servers
+from serve.bench.servers import flags_of, name_of, started_servers
 
 MIN_PROMPTS_EACH = 4  # of a caller; with fewer, a closed loop is emptying for much of its time
 Mode = Literal["closed", "poisson", "burst"]
@@ -46,7 +46,10 @@ def bench(
     adapter: Annotated[Path | None, typer.Option(help="With --model-path: folder of a gated LoRA adapter.")] = None,
     strides: Annotated[
         str | None,
-        typer.Option(help="With --model-path: 1 is plain AR, 4x2 has two branches, auto chooses. Default 4,1."),
+        typer.Option(
+            help="With --model-path: 1 is plain AR, 4x2 has two branches, auto chooses, two-pass-4 and block-4 are what "
+            "ISD is compared with. Default 4,1."
+        ),
     ] = None,
     serve_args: Annotated[str, typer.Option(help='With --model-path: for the servers, as in "--dtype float32".')] = "",
     start_timeout: Annotated[float, typer.Option(help="Seconds a started server may load and compile.")] = 1800,
@@ -104,7 +107,7 @@ def bench(
     started = (strides or "4,1").split(",") if model_path is not None else []
     for stride in started:
         flags_of(stride)  # refuses what is none, before anything is started
-    names = [*(each.name for each in endpoints), *(f"stride-{stride}" for stride in started)]
+    names = [*(each.name for each in endpoints), *map(name_of, started)]
     check_names(names, baseline)
     if model_path is None and (adapter or strides or serve_args):
         raise ValueError("--adapter, --strides and --serve-args belong to --model-path")

@@ -29,8 +29,9 @@ def started_servers(
 ) -> Iterator[list[Endpoint]]:
     """Runs `python -m serve ARGUMENTS --stride N --branches B` for every N or NxB, all side by side.
 
-    Yields them when all are ready. "auto" is the stride and the branches that the server chooses. What they print is in
-    `server_stride-N.log`. Their environment is this process's, and so is the key they ask for.
+    Yields them when all are ready. "auto" is the stride and the branches that the server chooses; two-pass-N and
+    block-L are what ISD is compared with. What they print is in `server_<name>.log`. Their environment is this
+    process's, and so is the key they ask for.
 
     Raises:
         ValueError: one ended, or was not ready within `timeout_s`.
@@ -43,7 +44,7 @@ def started_servers(
     endpoints = []
     try:
         for stride, port in zip(strides, _free_ports(len(strides)), strict=True):
-            endpoints.append(Endpoint(f"stride-{stride}", f"http://127.0.0.1:{port}/v1"))
+            endpoints.append(Endpoint(name_of(stride), f"http://127.0.0.1:{port}/v1"))
             command = [sys.executable, "-m", "serve", *arguments, *flags_of(stride), "--port", str(port)]
             with _log_of(endpoints[-1], log_folder).open("wb") as log:
                 # In a session of its own: Ctrl-C in the terminal is for the benchmark, which then stops its servers.
@@ -66,15 +67,28 @@ def started_servers(
                 process.wait()
 
 
+def name_of(stride: str) -> str:
+    """What a server is called in tables."""
+    return stride if stride.startswith(("two-pass-", "block-")) else f"stride-{stride}"
+
+
 def flags_of(stride: str) -> list[str]:
-    """Flags of a server for N, NxB or auto.
+    """Flags of a server for N, NxB, auto, two-pass-N or block-L.
 
     Raises:
         ValueError: it is none of these.
     """
+    if baseline := re.fullmatch(r"(two-pass|block)-(\d+)", stride):
+        kind, size = baseline.groups()
+        if kind == "two-pass":
+            return ["--method", "two-pass", "--stride", size]
+        return ["--method", "block-diffusion", "--block-length", size]
     match = re.fullmatch(r"(\d+)(?:x(\d+))?|auto", stride)
     if match is None:
-        raise ValueError(f"--strides: {stride!r} is neither a stride, nor a stride x branches as in 4x2, nor auto")
+        raise ValueError(
+            f"--strides: {stride!r} is neither a stride, nor a stride x branches as in 4x2, nor auto, two-pass-N or "
+            "block-L"
+        )
     return ["--stride", match[1] or "auto", "--branches", match[2] or ("1" if match[1] else "auto")]
 
 

@@ -20,7 +20,7 @@ import serve.bench.__main__ as command
 from serve.bench.client import Answer, Client, Endpoint, Failure, Sampling
 from serve.bench.load import Closed
 from serve.bench.rounds import Run, run_rounds
-from serve.bench.servers import started_servers
+from serve.bench.servers import flags_of, name_of, started_servers
 from tests.serve.fake_openai import FIRST_TOKEN_S, FakeServer
 
 ROOT = Path(__file__).parents[2]
@@ -312,6 +312,12 @@ def test_started_servers_get_their_arguments_and_are_stopped(stand_in: Path):
             assert is_alive(process_id)
             ids.append(process_id)
     assert not any(map(is_alive, ids))
+
+
+def test_what_isd_is_compared_with_has_flags_of_its_own():
+    assert flags_of("two-pass-3") == ["--method", "two-pass", "--stride", "3"]
+    assert flags_of("block-8") == ["--method", "block-diffusion", "--block-length", "8"]
+    assert [name_of(each) for each in ("two-pass-3", "block-8", "4x2")] == ["two-pass-3", "block-8", "stride-4x2"]
 
 
 def test_a_server_that_does_not_start_is_quoted_and_the_others_are_stopped(stand_in: Path):
