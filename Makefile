@@ -35,10 +35,11 @@ test-fast: .venv/.dev  ## tests that take seconds
 	.venv/bin/pytest $(parallel) -m "not slow and not compile and not proof and not browser"
 
 # Where a newer Python or jax is likely to break something: what is compiled for H200 and TPU, the decode loop, a training
-# step over a mesh, checkpoints, the engine. Everything else is tested on 3.11 alone.
-next := compile model $(addprefix decoding/test_, bitwise.py coupled.py identity.py kernels.py loop.py) \
-    $(addprefix train/test_, checkpoint.py mesh.py objective.py step.py) \
-    $(addprefix serve/test_, compiled.py engine.py tensor_parallel.py tensor_parallel_compiled.py)
+# step, checkpoints, the engine. `make proofs` adds what takes longer; everything else is tested on 3.11 alone.
+next := compile model decoding/test_identity.py train/test_checkpoint.py train/test_step.py \
+    $(addprefix serve/test_, compiled.py engine.py tensor_parallel_compiled.py)
+next_proofs := $(addprefix decoding/test_, bitwise.py coupled.py kernels.py loop.py) \
+    train/test_mesh.py train/test_objective.py serve/test_tensor_parallel.py
 
 test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: what they touch, without slow; compile for H200 and TPU
 	.venv-next/bin/pytest $(parallel) -m "not torch and not slow and not proof and not browser" $(addprefix tests/,$(next))
@@ -61,6 +62,7 @@ eval: .venv/.dev .venv-eval/.installed  ## lm-evaluation-harness, in an environm
 proofs: .venv/.dev .venv-next/.dev .venv-eval/.installed  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
 	.venv/bin/pytest $(parallel) -m "proof and not compile"
 	.venv-next/bin/pytest $(parallel) -m "proof and compile"
+	.venv-next/bin/pytest $(parallel) -m "not torch and not slow and not proof" $(addprefix tests/,$(next_proofs))
 
 bitwise: .venv/.dev  ## benchmarks/results/bitwise/: AR and ISD in the bit-for-bit mode on 1,120 held-out prompts
 	.venv/bin/python -m benchmarks.bitwise
