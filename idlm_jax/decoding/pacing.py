@@ -26,6 +26,9 @@ PRIOR_DRAFTS = 8.0  # weight of a depth's prior: the acceptance one place before
 PRIOR_FORWARDS = 256.0  # weight of the chain against counted tokens per forward
 FIRST_ACCEPTANCE = 0.7
 FOLLOW = 0.05  # weight of one step's time against those before
+# Steps behind a change of method whose times say how it compares with the others. Later ones say how fast the machine is,
+# which concerns all: else every slow minute would make what is running look worse than what is not.
+COMPARED_STEPS = 32
 OUTLIER = 2.0  # one step's time moves the estimate as if it were at most this many times as long or short
 
 
@@ -40,6 +43,8 @@ class Pacer:
         self._forwards, self._tokens = [0.0] * len(self.menu), [0.0] * len(self.menu)
         self._seconds: dict[int, dict[int, float]] = {}
         self._current: dict[int, int] = {}
+        self._followed: int | None = None  # method of the last step followed
+        self._num_followed = 0  # steps in a row that had it
         self._num_chosen = 0
 
     def set_seconds(self, batch: int, index: int, seconds: float) -> None:
@@ -52,9 +57,12 @@ class Pacer:
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
         """Takes note of what a step has taken, contexts and host included; outliers count for little."""
-        before = self._seconds[batch][index]
-        ratio = min(max(seconds / before, 1 / OUTLIER), OUTLIER)
-        self._seconds[batch][index] = before * ratio**FOLLOW
+        self._num_followed = self._num_followed + 1 if self._followed == index else 1
+        self._followed = index
+        known = self._seconds[batch]
+        factor = min(max(seconds / known[index], 1 / OUTLIER), OUTLIER) ** FOLLOW
+        for each in [index] if self._num_followed <= COMPARED_STEPS else list(known):
+            known[each] *= factor
 
     def observe(self, index: int, forwards: int, tokens: int, verified: Sequence[int], accepted: Sequence[int]) -> None:
         """Takes note of what came of windows.

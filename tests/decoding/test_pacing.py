@@ -5,7 +5,14 @@ import random
 import pytest
 
 from idlm_jax.decoding.method import ISD
-from idlm_jax.decoding.pacing import CONSIDER_EVERY, PROBE_EVERY, PROBE_FORWARDS, Pacer, chain_tokens_per_forward
+from idlm_jax.decoding.pacing import (
+    COMPARED_STEPS,
+    CONSIDER_EVERY,
+    PROBE_EVERY,
+    PROBE_FORWARDS,
+    Pacer,
+    chain_tokens_per_forward,
+)
 
 MENU = ISD(stride="auto", branches="auto", max_stride=4).menu
 
@@ -114,6 +121,22 @@ def test_a_step_that_turns_out_slower_than_timed_is_left():
     for _ in range(100):
         pacer.follow_seconds(8, first, 5.0)
     assert first not in [pacer.choose(8) for _ in range(2 * CONSIDER_EVERY)][CONSIDER_EVERY:]
+
+
+def test_a_machine_that_slows_down_slows_all_methods_down():
+    world = World(0.9, 0.0)
+    pacer = timed(world)
+    rate(world, pacer, 1000)
+    first = pacer.choose(8)
+    for _ in range(COMPARED_STEPS):
+        pacer.follow_seconds(8, first, world.seconds(first))
+    before = pacer.rates(8)
+    for _ in range(200):
+        pacer.follow_seconds(8, first, 1.9 * world.seconds(first))
+    after = pacer.rates(8)
+    assert after[first] < 0.6 * before[first]
+    assert all(after[index] / after[first] == pytest.approx(before[index] / before[first]) for index in before)
+    assert {pacer.choose(8) for _ in range(2 * CONSIDER_EVERY)} == {first}
 
 
 def test_one_hiccup_changes_little():
