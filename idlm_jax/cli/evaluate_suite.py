@@ -21,6 +21,7 @@ from idlm_jax.evaluation.suite import Benchmark, Suite, load_suite
 from idlm_jax.evaluation.summary import Row, as_table, read_published, write_summary
 
 ENDED_BY_HAND = 130
+PIPE_WIDTH = 150
 
 
 def evaluate_suite(
@@ -122,7 +123,9 @@ def evaluate_suite(
         result = read_result(folder, each)
         rows.append(Row(each, result, "" if result else why.get(each.name, "not asked for")))
     write_summary(folder, run, rows, published, server)
-    Console().print(as_table(run, rows, published))
+    console = Console()
+    # A pipe or a file has no width of its own.
+    console.print(as_table(run, rows, published), width=None if console.is_terminal else PIPE_WIDTH)
     for row in rows:
         if row.benchmark in asked and row.why:
             print(f"{row.benchmark.title}: {row.why}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from idlm_jax.evaluation.harness import HarnessFailed, Options, Score, Target, sampling_arguments
+from idlm_jax.evaluation.harness import HarnessFailed, Options, Score, Target, installed_version, sampling_arguments
 from idlm_jax.evaluation.suite import Benchmark, Suite
 
 VERSION = "1.14.1"
@@ -60,16 +60,18 @@ def offline_environment() -> Mapping[str, str]:
     return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def read_score(benchmark: Benchmark, folder: Path) -> Score:
+def read_score(program: Path, benchmark: Benchmark, folder: Path) -> Score:
     """The primary metric of the report.
 
     Raises:
-        HarnessFailed: there is no report, or it names no such metric.
+        HarnessFailed: there is no report, it names no such metric, or some questions have no answer.
     """
     files = list((folder / "raw" / "reports").rglob(f"{benchmark.task}.json"))
     if not files:
         raise HarnessFailed("it wrote no report")
     report: dict[str, Any] = json.loads(max(files, key=lambda file: file.stat().st_mtime_ns).read_text())
+    if (report.get("execution_summary") or {}).get("incomplete"):
+        raise HarnessFailed(f"some questions have no answer: {report['execution_summary']}")
     primary = report.get("primary_metric_identity")
     scores = [
         each["score"] for each in report.get("metrics", []) if primary is not None and each["identity"] == primary
@@ -80,7 +82,7 @@ def read_score(benchmark: Benchmark, folder: Path) -> Score:
         percent=100 * scores[0],
         stderr_percent=None,
         num_samples=report.get("num"),
-        version=f"evalscope {VERSION}",
+        version=f"evalscope {installed_version(program, 'evalscope')}",
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,6 +77,16 @@ def find_program(name: str, given: Path | None, environment: Path, install: str)
     if found is None:
         raise ValueError(f"{name} is not installed, neither in {environment} nor on PATH: {install}")
     return Path(found)
+
+
+def installed_version(program: Path, package: str) -> str:
+    """The version of the package that a program of a virtual environment belongs to; "?" if it cannot be told."""
+    python = program.with_name("python")
+    if not python.is_file():
+        return "?"
+    ask = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    told = subprocess.run([python, "-c", ask], capture_output=True, text=True, timeout=60)
+    return told.stdout.strip() or "?"
 
 
 def sampling_arguments(suite: Suite, **renamed: str) -> Mapping[str, float | int]:

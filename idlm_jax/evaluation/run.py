@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -29,6 +30,7 @@ from idlm_jax.evaluation.suite import Benchmark, Suite
 
 POLL_S = 0.5
 STOP_TIMEOUT_S = 10.0
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,9 +160,10 @@ def _run_one(run: Run, benchmark: Benchmark, show: Callable[[str], None]) -> Res
     if benchmark.runs_code:
         score = _run_sandboxed(run, benchmark, folder, show)
     elif benchmark.harness == "evalscope":
-        command = evalscope.command(run.programs["evalscope"], run.suite, benchmark, run.target, run.options, folder)
+        program = run.programs["evalscope"]
+        command = evalscope.command(program, run.suite, benchmark, run.target, run.options, folder)
         _call(command, folder, {**os.environ, **evalscope.environment(folder)}, show)
-        score = evalscope.read_score(benchmark, folder)
+        score = evalscope.read_score(program, benchmark, folder)
     else:
         command = lm_eval.command(run.programs["lm_eval"], run.suite, benchmark, run.target, run.options, folder)
         _call(command, folder, {**os.environ, **lm_eval.environment(run.target)}, show)
@@ -208,11 +211,10 @@ def _run_sandboxed(run: Run, benchmark: Benchmark, folder: Path, show: Callable[
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,
         ) as process,
     ):
         _wait(process, log, show)
-    return evalscope.read_score(benchmark, folder)
+    return evalscope.read_score(program, benchmark, folder)
 
 
 def _call(command: list[str], folder: Path, environment: Mapping[str, str], show: Callable[[str], None]) -> None:
@@ -267,7 +269,7 @@ def last_words(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it has printed nothing")
+    return next((text for line in reversed(lines) if (text := _COLOUR.sub("", line).strip())), "it has printed nothing")
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,16 +104,17 @@ def sandboxed(
                 cwd=folder,
                 env={**kept, **home, **environment},
                 pass_fds=[theirs.fileno()],
+                start_new_session=True,  # so that all can be ended together, where no namespace does it
                 **popen,
             )
-        try:
-            if is_isolated:
-                stack.enter_context(_relay(_receive_listener(ours), server))
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()  # --kill-child: everything inside goes with it
-            process.wait()
+        with process:  # closes its pipes, and waits
+            try:
+                if is_isolated:
+                    stack.enter_context(_relay(_receive_listener(ours), server))
+                yield process
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # --kill-child: everything inside goes with it
 
 
 def _receive_listener(channel: socket.socket) -> socket.socket:

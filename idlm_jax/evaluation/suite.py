@@ -34,7 +34,7 @@ class Benchmark(Strict):
         title: as the literature writes it.
         harness: who runs it; None if none of them can.
         task: the harness's own name for it.
-        metric: key of the score in the harness's results.
+        metric: key of the score in lm-eval's results; evalscope's reports name their own.
         num_fewshot: examples in the prompt; None for the task's own.
         dataset_args: evalscope's `--dataset-args` for the task.
         runs_code: programs that the model writes are executed.
@@ -50,6 +50,16 @@ class Benchmark(Strict):
     dataset_args: dict[str, Any] = {}
     runs_code: bool = False
     note: str = ""
+
+    @pydantic.model_validator(mode="after")
+    def _is_complete(self) -> "Benchmark":
+        if self.harness is not None and not self.task:
+            raise ValueError(f"{self.name}: a harness needs its name for the task")
+        if self.harness == "lm_eval" and not self.metric:
+            raise ValueError(f"{self.name}: lm-eval reports several metrics, name one")
+        if self.runs_code and self.harness != "evalscope":
+            raise ValueError(f"{self.name}: programs that a model writes run under evalscope only")
+        return self
 
 
 class Suite(Strict):

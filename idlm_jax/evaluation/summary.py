@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from idlm_jax.evaluation.run import Result, Run
@@ -70,9 +71,11 @@ def columns_for(rows: Sequence[Row], published: PublishedFile) -> list[Published
 
 def as_table(run: Run, rows: Sequence[Row], published: PublishedFile) -> Table:
     """For the terminal."""
-    table = Table(title=_title(run), title_justify="left", caption=CAUTION, caption_justify="left")
+    caution = CAUTION if columns_for(rows, published) else None
+    table = Table(title=_title(run), title_justify="left", caption=caution, caption_justify="left", box=SIMPLE_HEAD)
     for number, name in enumerate(_header(rows, published)):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        # In a narrow window other columns fold first.
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number < 2)
     for row in rows:
         table.add_row(*_cells(row, columns_for(rows, published)))
     return table
@@ -90,14 +93,14 @@ def as_markdown(run: Run, rows: Sequence[Row], published: PublishedFile) -> str:
         "the server meanwhile; acceptance: share of its drafts that were kept; both include whatever else it served. "
         f"Sampling: {sampling}, seed {run.options.seed}.",
     ]
-    lines += ["", CAUTION, "", "## Rows", ""]
+    lines += ["", "## Rows", ""]
     for row in rows:
         how = f"{row.result.harness}, `{row.result.task}`" if row.result else row.why
         ran = f"; generated programs: {row.result.sandbox}" if row.result and row.result.sandbox else ""
         lines.append(f"- **{row.benchmark.title}** ({how}{ran}). {row.benchmark.note}".rstrip())
     shown = columns_for(rows, published)
     if shown:
-        lines += ["", "## Published figures", ""]
+        lines += ["", "## Published figures", "", CAUTION, ""]
         for key, source in published.sources.items():
             models = ", ".join(model.name for model in shown if key in model.sources)
             if models:
