@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -107,11 +108,12 @@ def run_benchmarks(run: Run, benchmarks: Sequence[Benchmark]) -> dict[str, str]:
     claim(run)
     failures: dict[str, str] = {}
     todo = [each for each in benchmarks if read_result(run.folder, each) is None]
+    is_watched = sys.stderr.isatty()  # else a line per benchmark is enough
     with tqdm(total=len(benchmarks), initial=len(benchmarks) - len(todo), unit="benchmark") as bar:
         for benchmark in todo:
             bar.set_description(benchmark.title)
             try:
-                result = _run_one(run, benchmark, show=lambda line: bar.set_postfix_str(line[-60:]))
+                result = _run_one(run, benchmark, show=lambda line: bar.set_postfix_str(line[-60:], refresh=is_watched))
             except (HarnessFailed, OSError) as error:
                 failures[benchmark.name] = str(error)
                 bar.write(f"{benchmark.title} failed: {error}")

@@ -1,4 +1,4 @@
-"""The real harnesses, from `make harnesses`: they know the suite's tasks, and the whole way through works without a network.
+"""The real harnesses, from `make harnesses`: they know the suite's tasks, and the whole way through works offline.
 
 The questions are this repository's own; no benchmark's data is in it.
 """
@@ -84,9 +84,8 @@ def idlm_eval(*arguments: object) -> subprocess.CompletedProcess[str]:
 )
 def test_the_harness_knows_the_suites_tasks_by_these_names(program, harness, ask):
     assert program.exists(), f"no {program}: run `make harnesses`"
-    done = subprocess.run(
-        [program.with_name("python"), "-c", ask], env=os.environ | OFFLINE, capture_output=True, text=True
-    )
+    python = program.with_name("python")
+    done = subprocess.run([python, "-c", ask], env=os.environ | OFFLINE, capture_output=True, text=True, timeout=240)
     known = set(done.stdout.split())
     asked = {each.task for each in load_suite("idlm15").benchmarks if each.harness == harness}
     assert asked and asked <= known, (asked - known, done.stderr)
