@@ -64,7 +64,7 @@ def export_sglang(
     mask, folder = lm.config.mask_token_id, Path(folder)
     if mask != MASK_TOKEN_ID or lm.config.vocab_size <= MASK_TOKEN_ID:
         raise ValueError(
-            f"the reference server feeds id {MASK_TOKEN_ID} at MASK positions of every Qwen3, and no file changes that; "
+            f"the reference server feeds id {MASK_TOKEN_ID} at MASK positions of every Qwen3, no file changes that; "
             f"this model has {lm.config.vocab_size} ids and mask_token_id={mask}"
         )
     if lm.tokenizer is None:
