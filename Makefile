@@ -118,7 +118,7 @@ clean:  ## remove environments, caches and build outputs (never runs/ or out/)
 
 # Apart from both: it pins the math_verify that it scores with, and brings ModelScope's client. What it pins is its own
 # affair, so without our constraints.
-.venv-evalscope/.installed:
+.venv-evalscope/.installed: Makefile
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found: make harnesses PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-evalscope
 	.venv-evalscope/bin/pip install --quiet --disable-pip-version-check "evalscope==1.14.1"
