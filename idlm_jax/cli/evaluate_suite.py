@@ -15,7 +15,7 @@ from rich.console import Console
 from idlm_jax.cli.checkout import CHECKOUT, import_from_checkout
 from idlm_jax.evaluation import evalscope, lm_eval
 from idlm_jax.evaluation.harness import Options, Target, find_program
-from idlm_jax.evaluation.run import Run, claim, read_result, run_benchmarks
+from idlm_jax.evaluation.run import Run, read_result, run_benchmarks
 from idlm_jax.evaluation.sandbox import Limits, why_not_isolated
 from idlm_jax.evaluation.suite import Benchmark, Suite, load_suite
 from idlm_jax.evaluation.summary import Row, as_table, read_published, write_summary
@@ -92,32 +92,32 @@ def evaluate_suite(
     folder = output or Path("runs") / "eval" / chosen_suite.name
     folder.mkdir(parents=True, exist_ok=True)
     published = read_published()
-    # Whoever ends this by SIGTERM ends the server and the harness that it started too.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with contextlib.ExitStack() as stack:
+    with _sigterm_as_ctrl_c(), contextlib.ExitStack() as stack:
+        flags: list[str] = []
         if model is not None:
             flags = ["--model-path", model, *(["--adapter", str(adapter)] if adapter else []), *shlex.split(serve_args)]
             url = stack.enter_context(_started(stride, flags, folder, api_key, start_timeout))
+            flags += ["--stride", stride]
         assert url is not None
         client: Any = import_from_checkout("serve.bench.client")
         endpoint = client.Endpoint("the server", url)
-        target = Target(url=url, model=served_model or client.find_model(endpoint, api_key), api_key=api_key)
+        found = served_model or client.find_model(endpoint, api_key)
         run = Run(
             suite=chosen_suite,
-            target=target,
+            target=Target(url=url, model=found, api_key=api_key, flags=tuple(flags)),
             options=Options(limit=limit, concurrency=concurrency, seed=seed, timeout_s=timeout),
             programs={name: program.absolute() for name, program in programs.items()},
             folder=folder,
             limits=Limits(memory_bytes=int(code_memory_gb * (1 << 30))),
             is_isolated=not without_isolation,
         )
-        claim(run)
         server = client.server_info(endpoint, api_key)
         was_interrupted = False
         try:
             why |= run_benchmarks(run, todo)
         except KeyboardInterrupt:
             was_interrupted = True
+            why |= {each.name: "interrupted" for each in todo}
     rows = []
     for each in chosen_suite.benchmarks:
         result = read_result(folder, each)
@@ -172,6 +172,16 @@ def _check_isolation(url: str | None) -> None:
             f"programs that the model writes cannot be isolated here ({reason}); in a container or a virtual machine "
             "that you can lose, --without-isolation runs them under limits alone"
         )
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Whoever ends this program by SIGTERM ends the server and the harness that it started too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,13 @@ class Target:
         url: up to and with `/v1`.
         model: as the server names it.
         api_key: None if it wants none.
+        flags: with which it was started for the run: the stride and the adapter are not in the model's name.
     """
 
     url: str
     model: str
     api_key: str | None = None
+    flags: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

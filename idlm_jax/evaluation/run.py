@@ -4,6 +4,7 @@ output/run.json             what was asked of the whole run; a later call must a
 output/NAME/result.json     a finished benchmark; its presence is what "finished" means
 output/NAME/harness.log     what its harness printed
 output/NAME/answers, raw/   the harness's own files; answers that are there are not asked for again
+output/NAME/inside/         of a benchmark that executes programs: all that the sandbox can write
 output/summary.{md,json}    the table (`summary`)
 """
 
@@ -93,7 +94,8 @@ class Run:
 
     def asked(self) -> dict[str, Any]:
         """What decides the scores, for `run.json`."""
-        asked = {"suite": self.suite.name, "api": self.suite.api, "model": self.target.model}
+        target = {"model": self.target.model, "server_flags": list(self.target.flags)}
+        asked = {"suite": self.suite.name, "api": self.suite.api, **target}
         sampling = self.suite.sampling.model_dump()
         return asked | sampling | {"limit": self.options.limit, "seed": self.options.seed}
 
@@ -190,23 +192,29 @@ def _run_one(run: Run, benchmark: Benchmark, show: Callable[[str], None]) -> Res
 
 
 def _run_sandboxed(run: Run, benchmark: Benchmark, folder: Path, show: Callable[[str], None]) -> Score:
-    """evalscope, and with it the programs that the model writes, in the sandbox; the data set is fetched before."""
-    program, environment = run.programs["evalscope"], evalscope.environment(folder)
+    """evalscope, and with it the programs that the model writes, in the sandbox; the data set is fetched before.
+
+    What can be written from inside is `folder/inside`, into which this program writes nothing afterwards: a link laid
+    there would lead it elsewhere.
+    """
+    inside = folder / "inside"
+    program, environment = run.programs["evalscope"], evalscope.environment(inside)
     address = urlsplit(run.target.url)
     assert address.hostname is not None  # checked with the URL
-    if not (folder / "prefetch" / "reports").is_dir():
+    if not (folder / "fetched").exists():
         _call(evalscope.prefetch_command(program, benchmark, folder), folder, {**os.environ, **environment}, show)
-    inside = run.target
+        (folder / "fetched").touch()
+    target = run.target
     if run.is_isolated:
-        inside = dataclasses.replace(inside, url=f"http://127.0.0.1:{PORT}{address.path}")
-    command = evalscope.command(program, run.suite, benchmark, inside, run.options, folder)
+        target = dataclasses.replace(target, url=f"http://127.0.0.1:{PORT}{address.path}")
+    command = evalscope.command(program, run.suite, benchmark, target, run.options, inside)
     log = folder / "harness.log"
     with (
         log.open("ab") as output,
         sandboxed(
             command,
             (address.hostname, address.port or 80),
-            folder,
+            inside,
             environment={**environment, **evalscope.offline_environment()},
             limits=run.limits,
             is_isolated=run.is_isolated,
@@ -216,7 +224,7 @@ def _run_sandboxed(run: Run, benchmark: Benchmark, folder: Path, show: Callable[
         ) as process,
     ):
         _wait(process, log, show)
-    return evalscope.read_score(program, benchmark, folder)
+    return evalscope.read_score(program, benchmark, inside)
 
 
 def _call(command: list[str], folder: Path, environment: Mapping[str, str], show: Callable[[str], None]) -> None:

@@ -46,8 +46,9 @@ def go(run: Run) -> dict[str, str]:
 
 
 def calls(run: Run, benchmark: Benchmark) -> list[dict[str, Any]]:
-    file = run.folder / benchmark.name / "calls.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Of the harness, outside the sandbox and then inside it."""
+    files = [run.folder / benchmark.name / part / "calls.jsonl" for part in (".", "inside")]
+    return [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
 
 
 def value_of(call: dict[str, Any], option: str) -> str:
@@ -132,7 +133,9 @@ def test_a_metric_that_the_harness_does_not_report_is_named_with_those_it_does(p
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperature": 0.0}, {"max_tokens": 65}, {"limit": 3}, {"model": "other"}, {"seed": 1}], ids=str
+    "change",
+    [{"temperature": 0.0}, {"max_tokens": 65}, {"limit": 3}, {"model": "other"}, {"seed": 1}, {"server_flags": ["x"]}],
+    ids=str,
 )
 def test_a_folder_does_not_mix_runs_that_asked_for_different_things(prepare, change):
     run = prepare(lm_eval("plain"))
@@ -173,7 +176,14 @@ def test_programs_of_the_model_run_in_the_sandbox_which_reaches_the_server_alone
     assert value_of(prefetch, "--eval-type") == "mock_llm"  # no program of the model's outside
     assert value_of(call, "--api-url") == "http://127.0.0.1:30000/v1" != server.url
     assert call["environment"]["HF_HUB_OFFLINE"] == "1" and "OPENAI_API_KEY" not in call["environment"]
-    assert Path(call["environment"]["HOME"]).is_relative_to(run.folder.resolve())
+    inside = (run.folder / asks.name / "inside").resolve()
+    assert Path(call["environment"]["HOME"]).is_relative_to(inside)
+    # Nothing that this program writes lies where programs of the model could lay a link.
+    assert {file.name for file in (run.folder / asks.name).iterdir() if file.is_file()} == {
+        *("calls.jsonl", "fetched", "harness.log", "result.json")
+    }
+    (run.folder / asks.name / "result.json").unlink()
+    assert go(run) == {} and len(calls(run, asks)) == 3  # fetched once
 
 
 def test_a_result_file_of_something_else_is_an_error_with_its_name(prepare):
