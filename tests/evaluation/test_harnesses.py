@@ -113,6 +113,8 @@ def test_a_model_folder_becomes_a_table(tmp_path):
     assert (result["percent"], result["num_samples"], result["harness"]) == (75.0, 4, "lm-eval 0.4.13")
     assert result["num_tokens"] == len(PROMPTS) * MAX_TOKENS
     assert 1.0 < result["tokens_per_forward"] < 4.0 and 0.0 < result["acceptance_rate"] < 1.0
+    flags = json.loads((out / "run.json").read_text())["server_flags"]
+    assert flags[-2:] == ["--stride", "4"] and str(ADAPTER) in flags
     assert "75.0" in done.stdout and "75.0" in (out / "summary.md").read_text()
 
 
