@@ -26,7 +26,8 @@ def command(
     """
     if suite.api != "chat":
         raise ValueError(f"{benchmark.name}: evalscope asks /v1/chat/completions only, the suite says api: {suite.api}")
-    sampling = dict(sampling_arguments(suite)) | {"seed": options.seed, "timeout": options.timeout_s, "retries": 3}
+    sampling: dict[str, Any] = sampling_arguments(suite)
+    sampling |= {"seed": options.seed, "timeout": options.timeout_s, "retries": 3}
     if "top_k" in sampling:  # no parameter of the openai client that evalscope asks with
         sampling["extra_body"] = {"top_k": sampling.pop("top_k")}
     raw = folder / "raw"

@@ -3,8 +3,8 @@
 import dataclasses
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from idlm_jax.evaluation.suite import Suite
 
@@ -91,7 +91,7 @@ def installed_version(program: Path, package: str) -> str:
     return told.stdout.strip() or "?"
 
 
-def sampling_arguments(suite: Suite, **renamed: str) -> Mapping[str, float | int]:
+def sampling_arguments(suite: Suite, **renamed: str) -> dict[str, Any]:
     """The suite's sampling as keyword arguments of a harness, some under the harness's own names."""
     named = suite.sampling.model_dump(exclude_none=True)
     return {renamed.get(name, name): value for name, value in named.items()}

@@ -99,7 +99,7 @@ def sandboxed(
     init = [sys.executable, "-I", str(Path(__file__).with_name("sandbox_init.py")), json.dumps(settings), *command]
     with ours, contextlib.ExitStack() as stack:
         with theirs:
-            process = subprocess.Popen(
+            process: subprocess.Popen[bytes] = subprocess.Popen(
                 [*(UNSHARE if is_isolated else ()), *init],
                 cwd=folder,
                 env={**kept, **home, **environment},

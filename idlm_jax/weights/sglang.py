@@ -134,7 +134,8 @@ def launch_command(folder: Path, stride: int, *, has_adapter: bool) -> list[str]
 def _name_tokenizer_for_4(file: Path) -> None:
     content: dict[str, Any] = json.loads(file.read_text())
     name = content.get("tokenizer_class")
-    content["tokenizer_class"] = _TOKENIZER_CLASSES.get(name, name)
+    if name in _TOKENIZER_CLASSES:
+        content["tokenizer_class"] = _TOKENIZER_CLASSES[name]
     if isinstance(special := content.pop("extra_special_tokens", None), list) and special:
         content["additional_special_tokens"] = special
     write_json(file, content)

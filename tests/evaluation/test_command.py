@@ -137,6 +137,7 @@ def test_a_missing_harness_is_told_how_to_get_it(monkeypatch, tmp_path, name, in
 
 
 def test_both_ways_of_eval_explain_themselves(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")  # else long options are cut
     for arguments, shown, hidden in (
         (["--help"], "idlm pack", "--allow-code-execution"),
         (["--suite", "idlm15", "--help"], "--allow-code-execution", "idlm pack"),

@@ -16,7 +16,8 @@ def test_transformers_loads_the_folder_and_computes_the_same_logits(tmp_path):
     lm = lm_of(param_dtype="float32")
     export_sglang(lm, tmp_path / "out")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert config.architectures == ["Qwen3ForCausalLM"] and (config.block_size, config.mask_token_id) == (7, 151_669)
+    assert config.architectures == ["Qwen3ForCausalLM"]
+    assert (config.to_dict()["block_size"], config.mask_token_id) == (7, 151_669)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, 151_680, (2, 11), dtype=np.int32)
     with torch.no_grad():
