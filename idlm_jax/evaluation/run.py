@@ -218,9 +218,7 @@ def _run_sandboxed(run: Run, benchmark: Benchmark, folder: Path, show: Callable[
             environment={**environment, **evalscope.offline_environment()},
             limits=run.limits,
             is_isolated=run.is_isolated,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
+            output=output,
         ) as process,
     ):
         _wait(process, log, show)

@@ -16,12 +16,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 PORT = 30000  # on the sandbox's own loopback, which has no other
+TEMPORARY = "/dev/shm"  # where every Linux has a file system in memory; the sandbox gets one of its own
 UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 START_TIMEOUT_S = 60.0
 # All of the caller's environment that gets in. Keys and tokens do not.
@@ -67,45 +69,50 @@ def sandboxed(
     environment: Mapping[str, str],
     limits: Limits,
     is_isolated: bool,
-    **popen: Any,
+    output: int | IO[bytes],
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Starts a command in the sandbox and relays its connections to the server until it ends.
 
     Args:
         command: asks the server at `http://127.0.0.1:{PORT}` if isolated, else where it is.
         server: host and port that the sandbox may reach, over plain TCP.
-        folder: the working directory, home and temporary folder; the one place that can be written.
+        folder: the working directory and home; but for temporary files the one place that can be written.
         environment: added to the few variables that are passed on.
         limits: of each process.
         is_isolated: False keeps the network and the file system, and applies limits and environment alone.
-        **popen: for `subprocess.Popen`.
+        output: what the command prints, errors too; as for `subprocess.Popen`.
 
     Raises:
         OSError: the doors could not be shut; nothing ran.
     """
     folder = folder.resolve()
-    temporary = folder / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    home = {"HOME": str(temporary), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     ours, theirs = socket.socketpair()
-    settings = {
-        "is_isolated": is_isolated,
-        "channel": theirs.fileno(),
-        "port": PORT,
-        "writable": str(folder),
-        "limits": dataclasses.asdict(limits),
-    }
-    init = [sys.executable, "-I", str(Path(__file__).with_name("sandbox_init.py")), json.dumps(settings), *command]
     with ours, contextlib.ExitStack() as stack:
+        # Isolated, temporary files are in memory of the sandbox's own. The path is short either way: sockets of
+        # multiprocessing lie there, and theirs may have 107 characters.
+        temporary = TEMPORARY if is_isolated else stack.enter_context(tempfile.TemporaryDirectory(prefix="idlm-"))
+        home = {"HOME": str(folder), "TMPDIR": temporary, "PYTHONDONTWRITEBYTECODE": "1"}
+        settings = {
+            "is_isolated": is_isolated,
+            "channel": theirs.fileno(),
+            "port": PORT,
+            "writable": str(folder),
+            "temporary": temporary,
+            "limits": dataclasses.asdict(limits),
+        }
+        init = [sys.executable, "-I", str(Path(__file__).with_name("sandbox_init.py")), json.dumps(settings)]
         with theirs:
-            process: subprocess.Popen[bytes] = subprocess.Popen(
-                [*(UNSHARE if is_isolated else ()), *init],
+            process = subprocess.Popen(
+                [*(UNSHARE if is_isolated else ()), *init, *command],
                 cwd=folder,
                 env={**kept, **home, **environment},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # so that all can be ended together, where no namespace does it
-                **popen,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
         with process:  # closes its pipes, and waits
             try:

@@ -11,7 +11,6 @@ import resource
 import socket
 import struct
 import sys
-from pathlib import Path
 
 # linux/if.h, linux/sockios.h
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
@@ -34,7 +33,7 @@ def main() -> None:
     if settings["is_isolated"]:
         with socket.socket(fileno=settings["channel"]) as channel:
             send_listener(channel, settings["port"])
-        make_read_only(settings["writable"])
+        make_read_only(settings["writable"], settings["temporary"])
     for name, limit in settings["limits"].items():
         resource.setrlimit(LIMITS[name], (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -50,8 +49,8 @@ def send_listener(channel: socket.socket, port: int) -> None:
         socket.send_fds(channel, [b"listener"], [listener.fileno()])
 
 
-def make_read_only(writable: str) -> None:
-    """Makes every file system read-only but `writable` and a shared-memory folder of one's own."""
+def make_read_only(writable: str, temporary: str) -> None:
+    """Makes every file system read-only but `writable`, and one in memory at `temporary`."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def check(what: str, status: int) -> None:
@@ -68,8 +67,7 @@ def make_read_only(writable: str) -> None:
     arguments = (AT_FDCWD, b"/", AT_RECURSIVE, read_only, ctypes.c_size_t(len(read_only)))
     check("mount_setattr /", libc.syscall(SYS_MOUNT_SETATTR, *arguments))
     mount(None, writable, None, MS_REMOUNT | MS_BIND)
-    if Path("/dev/shm").is_dir():  # multiprocessing keeps its semaphores there
-        mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "size=256m")
+    mount("tmpfs", temporary, "tmpfs", MS_NOSUID | MS_NODEV, "size=1g")
     os.chdir(writable)  # the working directory was entered under the mount that is read-only now
 
 

@@ -19,8 +19,7 @@ def run(server, folder: Path, code: str, *, is_isolated: bool = True, **limits: 
         environment={"ADDED": "1"},
         limits=Limits(**limits),
         is_isolated=is_isolated,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        output=subprocess.PIPE,
     ) as process:
         said, _ = process.communicate(timeout=60)
     return said.decode()
@@ -62,7 +61,24 @@ for act in ("write_text('gone')", "unlink()"):
 """
     lines = run(server, inside, code).splitlines()
     assert (inside / "here.txt").read_text() == "written" and outside.read_text() == "kept"
-    assert lines == [str(inside / "tmp"), "Read-only file system", "Read-only file system"]
+    assert lines == ["/dev/shm", "Read-only file system", "Read-only file system"]
+
+
+def test_processes_of_multiprocessing_talk_however_long_the_folders_path(server, tmp_path):
+    folder = tmp_path / ("long" * 25)  # a socket's path has at most 107 characters
+    code = """
+import multiprocessing
+with multiprocessing.Manager() as manager:
+    print(list(manager.list([1, 2])))
+"""
+    assert [run(server, folder, code, is_isolated=each) for each in (True, False)] == ["[1, 2]\n"] * 2
+
+
+def test_temporary_files_are_gone_afterwards(server, tmp_path):
+    before = set(Path("/dev/shm").iterdir())
+    code = "import pathlib, tempfile; file = pathlib.Path(tempfile.mkdtemp()) / 'a'; file.write_text('b'); print(file)"
+    files = [Path(run(server, tmp_path, code, is_isolated=each).strip()) for each in (True, False)]
+    assert not any(file.exists() for file in files) and set(Path("/dev/shm").iterdir()) == before
 
 
 def test_it_sees_none_of_the_callers_variables_and_no_other_process(server, tmp_path, monkeypatch):
