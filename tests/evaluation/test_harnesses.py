@@ -96,7 +96,9 @@ def test_a_model_folder_becomes_a_table(tmp_path):
     """Server, harness, summary; the last answer is wrong on purpose."""
     lm = idlm_jax.load(MODEL, dtype="float32")
     params = idlm_jax.SamplingParams(max_tokens=MAX_TOKENS)
-    answers = [each.text.partition("\n")[0] for each in idlm_jax.generate(lm, PROMPTS, idlm_jax.AR(), params)]
+    # The harness's regex filter strips what it finds.
+    answers = [each.text.partition("\n")[0].strip() for each in idlm_jax.generate(lm, PROMPTS, idlm_jax.AR(), params)]
+    assert all(answers)
     answers[-1] += "!"
     data = tmp_path / "lines.jsonl"
     docs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(PROMPTS, answers, strict=True)]
