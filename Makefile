@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next test-page chromium soak eval proofs bitwise report compiled plans lint clean
+.PHONY: help demo test test-fast test-next test-page chromium soak harnesses eval proofs bitwise report compiled plans lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -56,10 +56,12 @@ chromium:
 soak: .venv/.dev  ## benchmarks/results/soak/: ten minutes of random traffic on the real server, which must come out clean
 	.venv/bin/python -m benchmarks.soak
 
-eval: .venv/.dev .venv-eval/.installed  ## lm-evaluation-harness, in an environment of its own, measures through the server
-	.venv/bin/pytest -m proof tests/serve/test_lm_eval.py
+harnesses: .venv-eval/.installed .venv-evalscope/.installed  ## lm-eval and evalscope, for idlm eval --suite (docs/evaluation.md)
 
-proofs: .venv/.dev .venv-next/.dev .venv-eval/.installed  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
+eval: .venv/.dev harnesses  ## both harnesses measure through the server, on questions of our own
+	.venv/bin/pytest -m proof tests/serve/test_lm_eval.py tests/evaluation
+
+proofs: .venv/.dev .venv-next/.dev harnesses  ## the longest tests: twenty kills, several processes, every mesh, the device kit, the demo
 	.venv/bin/pytest $(parallel) -m "proof and not compile"
 	.venv-next/bin/pytest $(parallel) -m "proof and compile"
 	.venv-next/bin/pytest $(parallel) -m "not torch and not slow and not proof" $(addprefix tests/,$(next_proofs))
@@ -82,7 +84,7 @@ lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/pyright
 
 clean:  ## remove environments, caches and build outputs (never runs/ or out/)
-	rm -rf .venv .venv-next .venv-eval build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next .venv-eval .venv-evalscope build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: a second call costs nothing, an edited requirement reinstalls.
@@ -106,11 +108,20 @@ clean:  ## remove environments, caches and build outputs (never runs/ or out/)
 	$(call install,.venv) --editable ".[browser]"
 	touch $@
 
-# Apart from .venv: forty packages that nothing here imports. transformers is for its tokenizers.
+# Apart from .venv: forty packages that nothing here imports. transformers is for its tokenizers; math and ifeval are
+# what those tasks' scoring imports.
 .venv-eval/.installed: $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found: make eval PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-eval
-	$(call install,.venv-eval) "lm_eval[api]==0.4.13" transformers
+	$(call install,.venv-eval) "lm_eval[api,math,ifeval]==0.4.13" transformers
+	touch $@
+
+# Apart from both: it pins the math_verify that it scores with, and brings ModelScope's client. What it pins is its own
+# affair, so without our constraints.
+.venv-evalscope/.installed: Makefile
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found: make harnesses PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-evalscope
+	.venv-evalscope/bin/pip install --quiet --disable-pip-version-check "evalscope==1.14.1"
 	touch $@
 
 .venv-next/.created:

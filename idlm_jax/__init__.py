@@ -13,7 +13,7 @@ from idlm_jax.decoding import (
     stream_tokens,
 )
 from idlm_jax.model.language_model import LanguageModel
-from idlm_jax.weights import export_adapter, export_hf, load
+from idlm_jax.weights import export_adapter, export_hf, export_sglang, load
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = [
     "TwoPass",
     "export_adapter",
     "export_hf",
+    "export_sglang",
     "generate",
     "generate_stream",
     "load",

@@ -49,6 +49,11 @@ class OfficialFile(pydantic.BaseModel):
     fast_verify_topk_per_spec: Any = None
     output_correction: Any = None
     conditional_lora: Any = None
+    confidence_accept_threshold: Any = None  # of drafts that are not verified; here all are
+    # Where it writes traces.
+    stats_file: Any = None
+    rounds_file: Any = None
+    draft_conf_file: Any = None
 
 
 def read_official(path: Path) -> tuple[int | None, Defaults]:

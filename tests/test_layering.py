@@ -22,6 +22,7 @@ HEIGHT = {
     "idlm_jax.model": 2,
     "idlm_jax.weights": 3,
     "idlm_jax.decoding": 4,
+    "idlm_jax.evaluation": 0,  # asks servers, and knows no model
     "idlm_jax": 5,
     "train": 6,
     "serve": 6,

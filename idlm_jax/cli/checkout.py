@@ -1,4 +1,4 @@
-"""Reaching `train`, which is not installed: commands that train or read datasets run from a checkout."""
+"""Reaching `train` and `serve`, which are not installed: commands that need them run from a checkout."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ def import_from_checkout(name: str) -> ModuleType:
     """Imports a module of the checkout this package lies in.
 
     Raises:
-        FileNotFoundError: the package was installed from a wheel, which holds no `train`.
+        FileNotFoundError: the package was installed from a wheel, which holds neither.
     """
     if not (CHECKOUT / "train" / "__init__.py").is_file():
         raise FileNotFoundError(f"{name} is not in the wheel: run this command from a checkout (pip install -e .)")

@@ -14,7 +14,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
-from idlm_jax.config import LoraConfig, ModelConfig
+from idlm_jax.config import DType, LoraConfig, ModelConfig
 from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.weights.assemble import build_state, flat_variables, read_params
 from idlm_jax.weights.atomic_folder import atomic_folder
@@ -67,11 +67,19 @@ def export_adapter(
         FileExistsError: the folder is not empty and `overwrite` is False, or it holds no earlier adapter.
         OSError: the disk is full or not writable; nothing is left behind.
     """
-    lora, mask = lm.config.lora, lm.config.mask_token_id
-    if lora is None:
-        raise ValueError("the model has no adapter; export_hf writes its base weights")
-    if mask is None:
-        raise ValueError("the model has no mask_token_id, so its adapter would act on no row")
+    _check_adapted(lm)  # before a folder is made
+    with atomic_folder(folder, overwrite=overwrite, marker=_CONFIG_FILE) as partial:
+        write_adapter(lm, partial, base_model_name_or_path=base_model_name_or_path)
+
+
+def write_adapter(lm: LanguageModel, folder: Path, *, base_model_name_or_path: str, dtype: DType | None = None) -> None:
+    """What `export_adapter` writes, into a folder that is there; `dtype` None keeps the parameters' own.
+
+    Raises:
+        ValueError: the model has no adapter or no MASK id.
+        OSError: the disk is full or not writable.
+    """
+    lora, mask = _check_adapted(lm)
     peft_config = {
         **{name: value for name, value in _PLAIN_LORA.items() if value is not None},
         "base_model_name_or_path": base_model_name_or_path,
@@ -82,11 +90,19 @@ def export_adapter(
         "target_modules": list(adapted_modules()),
         "task_type": "CAUSAL_LM",
     }
-    with atomic_folder(folder, overwrite=overwrite, marker=_CONFIG_FILE) as partial:
-        specs = adapter_tensors(lm.config)
-        write_tensors(lm.params, specs, partial / "adapter_model.safetensors", lm.config.param_dtype)
-        write_json(partial / _CONFIG_FILE, peft_config)
-        write_json(partial / MARKER_FILE, {"gate": "mask_rows", "mask_token_id": mask, "note": _NOTE})
+    specs = adapter_tensors(lm.config)
+    write_tensors(lm.params, specs, folder / "adapter_model.safetensors", dtype or lm.config.param_dtype)
+    write_json(folder / _CONFIG_FILE, peft_config)
+    write_json(folder / MARKER_FILE, {"gate": "mask_rows", "mask_token_id": mask, "note": _NOTE})
+
+
+def _check_adapted(lm: LanguageModel) -> tuple[LoraConfig, int]:
+    lora, mask = lm.config.lora, lm.config.mask_token_id
+    if lora is None:
+        raise ValueError("the model has no adapter; export_hf writes its base weights")
+    if mask is None:
+        raise ValueError("the model has no mask_token_id, so its adapter would act on no row")
+    return lora, mask
 
 
 def load_adapter(lm: LanguageModel, folder: str | Path, *, mesh: Mesh | None = None) -> LanguageModel:

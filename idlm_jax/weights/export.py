@@ -55,6 +55,25 @@ def export_hf(
         OSError: the disk is full or not writable; nothing is left behind.
         NotImplementedError: weights are held in 8 bits, or parameters are spread over several processes.
     """
+    with atomic_folder(folder, overwrite=overwrite, marker="config.json") as partial:
+        write_model(lm, partial, max_shard_bytes=max_shard_bytes, dtype=dtype)
+
+
+def write_model(
+    lm: LanguageModel,
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    dtype: DType | None,
+    also: Mapping[str, Any] | None = None,
+) -> None:
+    """What `export_hf` writes, into a folder that is there; `also` are fields for `config.json` beside the model's.
+
+    Raises:
+        ValueError: `max_shard_bytes` is not positive.
+        OSError: the disk is full or not writable.
+        NotImplementedError: weights are held in 8 bits, or parameters are spread over several processes.
+    """
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be positive")
     config = lm.config
@@ -65,22 +84,21 @@ def export_hf(
         )
     dtype = dtype or config.param_dtype
     shards = list(plan_shards(base_tensors(config), max_shard_bytes, jnp.dtype(dtype).itemsize))
-    with atomic_folder(folder, overwrite=overwrite, marker="config.json") as partial:
-        file_of: dict[str, str] = {}
-        for number, specs in enumerate(shards, start=1):
-            name = "model.safetensors"
-            if len(shards) > 1:
-                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_tensors(lm.params, specs, partial / name, dtype)
-            file_of |= {spec.name: name for spec in specs}
+    file_of: dict[str, str] = {}
+    for number, specs in enumerate(shards, start=1):
+        name = "model.safetensors"
         if len(shards) > 1:
-            total = config.num_params * jnp.dtype(dtype).itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
-            write_json(partial / "model.safetensors.index.json", index)
-        write_json(partial / "config.json", exported_config(config, lm.hf_config, dtype))
-        write_json(partial / "generation_config.json", _generation_config(config, lm.hf_config))
-        if lm.tokenizer is not None:
-            lm.tokenizer.save_pretrained(partial)
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(lm.params, specs, folder / name, dtype)
+        file_of |= {spec.name: name for spec in specs}
+    if len(shards) > 1:
+        total = config.num_params * jnp.dtype(dtype).itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "config.json", exported_config(config, lm.hf_config, dtype) | dict(also or {}))
+    write_json(folder / "generation_config.json", _generation_config(config, lm.hf_config))
+    if lm.tokenizer is not None:
+        lm.tokenizer.save_pretrained(folder)
 
 
 def exported_config(config: ModelConfig, source: Mapping[str, Any], dtype: DType) -> dict[str, Any]:

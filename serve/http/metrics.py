@@ -76,6 +76,9 @@ class EngineCollector(Collector):
         yield self._counter("spec_decode_num_drafts", "Forwards that verified drafts.", num_drafts)
         yield self._counter("spec_decode_num_draft_tokens", "Drafts offered.", num_drafts * self._num_masks)
         yield self._counter("spec_decode_num_accepted_tokens", "Drafts accepted.", int(tally.accepted.sum()))
+        # vLLM counts a draft behind a refused one as offered; only these were looked at.
+        yield self._counter("spec_decode_num_verified_tokens", "Drafts checked.", int(tally.verified.sum()))
+        yield self._counter("request_forwards", "Forwards, once for each request in them.", tally.forwards)
         yield self._counter("cold_start_steps", "Forwards without a draft to verify.", tally.cold_starts)
         steps = self._family("decode_steps", "Decode forwards, by the method that was chosen.", "method")
         for method, count in stats.num_decode_forwards_by_method.items():

@@ -353,5 +353,9 @@ def test_metrics_add_up(server):
     assert grown["idlm:time_to_first_token_seconds_count"] == 1
     drafts, offered = grown["idlm:spec_decode_num_drafts_total"], grown["idlm:spec_decode_num_draft_tokens_total"]
     assert 0 < drafts < 20 and offered == 3 * drafts
-    assert grown["idlm:spec_decode_num_accepted_tokens_total"] <= offered
+    verified = grown["idlm:spec_decode_num_verified_tokens_total"]
+    assert drafts <= verified <= offered
+    assert grown["idlm:spec_decode_num_accepted_tokens_total"] <= verified
+    # The prefill commits the first token; every other forward verifies drafts or has none to verify.
+    assert grown["idlm:request_forwards_total"] == 1 + drafts + grown["idlm:cold_start_steps_total"]
     assert after["idlm:num_requests_running"] == 0

@@ -10,6 +10,7 @@ def test_stride_and_sampling_are_taken_from_the_reference_file(tmp_path):
     file.write_text(
         "block_size: 7\ngen_block_size: 4\ntemperature: 0.7\ntop_p: 0.95\ntop_k: 50\n"
         "use_spec_verify: true\nverify_alpha: 1.0\nverify_num_specs: 3\nfast_verify: true\n"
+        "draft_conf_file: /tmp/drafts.jsonl\nstats_file: null\n"
     )
     assert read_official(file) == (4, Defaults(temperature=0.7, top_k=50, top_p=0.95))
 
