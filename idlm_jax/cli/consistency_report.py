@@ -1,7 +1,7 @@
 """What `idlm measure` found, as a table in the terminal, as Markdown, and as JSON."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import rich.box
@@ -12,27 +12,28 @@ from idlm_jax.decoding.bootstrap import Estimate
 from idlm_jax.decoding.measure import Consistency
 from idlm_jax.decoding.method import method_name
 
-# Of a row: what it is about, how consistent it is, what that is worth.
 ABOUT = ("prompts", "T", "method")
-AGREEMENT = ("acceptance", "by depth")
-WORTH = ("TPF", "predicted", "endless", "cold", "rows/token", "TPF²/rows")
+FIGURES = ("acceptance", "by depth", "TPF", "predicted", "endless", "cold", "rows/token", "TPF²/rows")
+# A terminal of 80 columns takes two tables, and one figure less.
+NARROW = (
+    ("prompts", "method", "acceptance", "by depth"),
+    ("prompts", "method", "TPF", "predicted", "cold", "rows/token", "TPF²/rows"),
+)
 HELDOUT = ("held-out text", "clean loss", "noisy loss", "by depth", "acceptance", "by depth")
 EVERYTHING = "all"  # how prompts of all domains together are called
 
 
-def consistency_tables(title: str, rows: Sequence[Consistency]) -> list[Table]:
-    """For the terminal, which is narrow: agreement first, then what it is worth."""
+def consistency_tables(rows: Sequence[Consistency]) -> list[Table]:
+    """For the terminal: agreement, and what it is worth, for each temperature."""
     tables = []
-    for heading, columns, cells in (
-        (title, AGREEMENT, _agreement),
-        ("tokens per forward, and what they cost", WORTH, _worth),
-    ):
-        table = _table(heading, [*ABOUT, *columns])
-        for before, row in zip([None, *rows], rows, strict=False):
-            if before is not None and before.temperature != row.temperature:
-                table.add_section()
-            table.add_row(*_about(row), *cells(row))
-        tables.append(table)
+    for temperature in dict.fromkeys(row.temperature for row in rows):
+        for heading, columns in zip(("agreement", "what it is worth"), NARROW, strict=True):
+            table = _table(f"temperature {temperature:g}: {heading}", columns)
+            for row in rows:
+                if row.temperature == temperature:
+                    cells = _cells(row, _short)
+                    table.add_row(*(cells[name] for name in columns))
+            tables.append(table)
     return tables
 
 
@@ -45,19 +46,21 @@ def heldout_table(heldout: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    return Table(*columns, title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name)
+    return table
 
 
 def as_markdown(record: Mapping[str, Any], rows: Sequence[Consistency]) -> str:
     """The tables, and where they come from."""
+    columns = [*ABOUT, *FIGURES]
     lines = [
         f"# Consistency: {record['model']}",
         "",
         f"{origin(dict(record), record['quantize'] or record['dtype'])} {_asked(record)}",
         "",
-        *_markdown_table(
-            [*ABOUT, *AGREEMENT, *WORTH], [[*_about(row), *_agreement(row), *_worth(row)] for row in rows]
-        ),
+        *_markdown_table(columns, [[cells[name] for name in columns] for cells in (_cells(row, str) for row in rows)]),
     ]
     if record["heldout"]:
         cells = [_heldout_cells(domain, means) for domain, means in record["heldout"].items()]
@@ -88,24 +91,31 @@ def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> li
     return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def _about(row: Consistency) -> list[str]:
-    return [domain_name(row), f"{row.temperature:g}", method_name(row.method)]
+def _cells(row: Consistency, show: Callable[[Estimate], str]) -> dict[str, str]:
+    """By column."""
 
+    def text(estimate: Estimate | None) -> str:
+        return "-" if estimate is None else show(estimate)
 
-def _agreement(row: Consistency) -> list[str]:
     depths = " ".join("-" if each is None else f"{each.value:.2f}" for each in row.acceptance_by_depth)
-    return [_text(row.acceptance), depths or "-"]
+    return {
+        "prompts": domain_name(row),
+        "T": f"{row.temperature:g}",
+        "method": method_name(row.method),
+        "acceptance": text(row.acceptance),
+        "by depth": depths or "-",
+        "TPF": text(row.tokens_per_forward),
+        "predicted": text(row.predicted),
+        "endless": "-" if row.predicted_long is None else f"{row.predicted_long.value:.3f}",
+        "cold": f"{row.cold_share:.1%}",
+        "rows/token": "-" if row.rows_per_token is None else f"{row.rows_per_token:.2f}",
+        "TPF²/rows": "-" if row.compute_efficiency is None else f"{row.compute_efficiency.value:.3f}",
+    }
 
 
-def _worth(row: Consistency) -> list[str]:
-    return [
-        _text(row.tokens_per_forward),
-        _text(row.predicted),
-        "-" if row.predicted_long is None else f"{row.predicted_long.value:.3f}",
-        f"{row.cold_share:.1%}",
-        "-" if row.rows_per_token is None else f"{row.rows_per_token:.2f}",
-        "-" if row.compute_efficiency is None else f"{row.compute_efficiency.value:.3f}",
-    ]
+def _short(estimate: Estimate) -> str:
+    """With half the interval's width, which takes less room than both of its ends."""
+    return f"{estimate.value:.3f}±{(estimate.high - estimate.low) / 2:.3f}"
 
 
 def _heldout_cells(domain: str, means: Mapping[str, float]) -> list[str]:
@@ -121,7 +131,3 @@ def _heldout_cells(domain: str, means: Mapping[str, float]) -> list[str]:
         f"{means['acceptance']:.3f}",
         by_depth("acceptance"),
     ]
-
-
-def _text(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else str(estimate)

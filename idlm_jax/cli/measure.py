@@ -123,17 +123,19 @@ def measure(
     }
 
     console = Console()
-    for table in consistency_tables(f"{model}, {quantize or dtype}", rows):
+    for table in consistency_tables(rows):
         console.print(table)
     if heldout:
         console.print(heldout_table(heldout))
+    requests = dataclasses.asdict(sampling)
+    del requests["temperature"]  # every row has its own
     record = provenance(f"idlm {shlex.join(sys.argv[1:])}") | {
         "model": model,
         "adapter": adapter and str(adapter),
         "dtype": dtype,
         "quantize": quantize,
         "num_prompts": {name: len(group) for name, group in asked.items()},
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": requests,
         "block_length": length,
         "heldout": heldout,
     }

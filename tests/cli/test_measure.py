@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,13 +50,12 @@ def run(monkeypatch, *arguments) -> int:
 
 
 def test_it_prints_a_table_and_writes_json_markdown_and_a_picture(folder, files, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "160")  # else the table is folded
     out = files / "made" / "by" / "it"
     prompts = ["--prompts", files / "code.jsonl", "--prompts", f"talk={files / 'chat.jsonl'}"]
     written = ["--output", out / "a.json", "--markdown", out / "a.md", "--plot", out / "a.png"]
     options = ["--strides", "2", "--branches", "1,full", "--temperatures", "1", "--max-tokens", "6", "--ignore-eos"]
     assert run(monkeypatch, "measure", folder, *prompts, *options, *written) == 0
-    assert "ISD N=2 x2" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
     record = json.loads((out / "a.json").read_text())
     assert record["num_prompts"] == {"code": 3, "talk": 2}
     assert record["command"].startswith("idlm measure ") and record["versions"]
@@ -65,6 +65,9 @@ def test_it_prints_a_table_and_writes_json_markdown_and_a_picture(folder, files,
     whole = record["rows"][5]
     assert whole["num_tokens"] == 30
     assert whole["tokens_per_forward"]["value"] == pytest.approx(30 / whole["num_forwards"])
+    for figure in ("acceptance", "tokens_per_forward", "predicted"):  # folded nowhere in 80 columns
+        value, low, high = (whole[figure][name] for name in ("value", "low", "high"))
+        assert f" {value:.3f}±{(high - low) / 2:.3f} " in printed
     shown = (out / "a.md").read_text()
     assert f"| all | 1 | ISD N=2 | {whole['acceptance']['value']:.3f} (" in shown
     assert record["command"] in shown
@@ -139,3 +142,10 @@ def test_a_chat_needs_a_template(files, monkeypatch, capsys, tmp_path):
     idlm_jax.export_hf(lm_with_tokenizer(), tmp_path / "plain")
     assert run(monkeypatch, "measure", tmp_path / "plain", "--prompts", files / "chat.jsonl") == 2
     assert "the model folder has no chat template" in capsys.readouterr().err
+
+
+def test_the_documents_table_is_the_committed_result():
+    root = Path(__file__).parents[2]
+    heading, _, table = (root / "benchmarks/results/measure/tiny-cpu.md").read_text().partition("\n\n")
+    assert heading.startswith("# ")
+    assert table in (root / "docs/measuring.md").read_text()

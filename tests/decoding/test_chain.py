@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from idlm_jax.decoding.chain import chain_of, expected_forwards, tokens_per_forward
+from idlm_jax.decoding.method import ISD
 
 # What the windows are drawn with, per depth, and the groups of MASKs.
 CASES = [([0.9], 1), ([0.42, 0.43, 0.54], 1), ([0.9, 0.3, 0.8], 2), ([0.2, 0.9, 0.9], 2), ([0.42, 0.43, 0.54], 4)]
@@ -34,6 +35,12 @@ def test_with_one_acceptance_it_is_the_formula_of_the_papers_project_page(stride
     """(2 + p + ... + p^(N-2)) / (2 - p^(N-1)), introspective-diffusion.github.io, "Speedup Factor Explorer"."""
     wanted = (1 + sum(p**k for k in range(stride - 1))) / (2 - p ** (stride - 1))
     assert tokens_per_forward(chain_of(np.full(stride - 1, p), 1)) == pytest.approx(wanted)
+
+
+def test_the_project_pages_compute_efficiency():
+    """ "I-DLM (N=4, p=0.9): TPF 2.9, 7 queries per forward, 2.9^2 / 7 = 1.22"."""
+    tpf = tokens_per_forward(chain_of(np.full(3, 0.9), 1))
+    assert tpf**2 / ISD(4).window_len == pytest.approx(1.22, abs=0.005)
 
 
 def test_completions_of_drafts_that_are_never_or_always_accepted():
