@@ -53,14 +53,14 @@ def test_it_prints_a_table_and_writes_json_markdown_and_a_picture(folder, files,
     out = files / "made" / "by" / "it"
     prompts = ["--prompts", files / "code.jsonl", "--prompts", f"talk={files / 'chat.jsonl'}"]
     written = ["--output", out / "a.json", "--markdown", out / "a.md", "--plot", out / "a.png"]
-    options = ["--strides", "2", "--branches", "1,full", "--temperatures", "1", "--max-tokens", "6", "--ignore-eos"]
+    options = ["--strides", "2", "--branches", "full", "--temperatures", "1", "--max-tokens", "6", "--ignore-eos"]
     assert run(monkeypatch, "measure", folder, *prompts, *options, *written) == 0
     printed = capsys.readouterr().out
     record = json.loads((out / "a.json").read_text())
     assert record["num_prompts"] == {"code": 3, "talk": 2}
     assert record["command"].startswith("idlm measure ") and record["versions"]
     assert [(row["method"], row["domain"]) for row in record["rows"]] == [
-        (method, domain) for method in ("AR", "ISD N=2", "ISD N=2 x2") for domain in ("code", "talk", None)
+        (method, domain) for method in ("AR", "ISD N=2 x2") for domain in ("code", "talk", None)
     ]
     whole = record["rows"][5]
     assert whole["num_tokens"] == 30
@@ -69,7 +69,7 @@ def test_it_prints_a_table_and_writes_json_markdown_and_a_picture(folder, files,
         value, low, high = (whole[figure][name] for name in ("value", "low", "high"))
         assert f" {value:.3f}±{(high - low) / 2:.3f} " in printed
     shown = (out / "a.md").read_text()
-    assert f"| all | 1 | ISD N=2 | {whole['acceptance']['value']:.3f} (" in shown
+    assert f"| all | 1 | ISD N=2 x2 | {whole['acceptance']['value']:.3f} (" in shown
     assert record["command"] in shown
     assert (out / "a.png").read_bytes().startswith(b"\x89PNG")
 
