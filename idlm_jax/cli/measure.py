@@ -18,7 +18,7 @@ from idlm_jax.cli.consistency_report import as_json, as_markdown, consistency_ta
 from idlm_jax.cli.domains import named_paths, read_prompt_file, rendered, spread
 from idlm_jax.cli.evaluate import heldout_means
 from idlm_jax.cli.provenance import provenance
-from idlm_jax.decoding.method import ISD, Method
+from idlm_jax.decoding.method import ISD, Method, TwoPass
 
 Item = TypeVar("Item")
 
@@ -50,6 +50,9 @@ def measure(
         typer.Option(help="exact, coupled, official, comma-separated; official has argmax proposals and one group."),
     ] = "exact",
     proposals: Annotated[str, typer.Option(help="How drafts are taken: sampled, argmax, comma-separated.")] = "sampled",
+    two_pass: Annotated[
+        bool, typer.Option("--two-pass", help="Also draft and verify in forwards of their own, at each stride.")
+    ] = False,
     temperatures: Annotated[str, typer.Option(help="Comma-separated; 0 is greedy.")] = "0,1",
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
@@ -85,7 +88,7 @@ def measure(
 
     Example: idlm measure Qwen3-8B --adapter I-DLM-8B-lora --prompts code=code.jsonl --prompts chat=chat.jsonl
     """
-    methods = _methods(strides, branches, rules, proposals)
+    methods = _methods(strides, branches, rules, proposals, two_pass=two_pass)
     sampling = idlm_jax.SamplingParams(
         max_tokens=max_tokens, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos
     )
@@ -147,7 +150,7 @@ def measure(
         plot_consistency(plot, rows)
 
 
-def _methods(strides: str, branches: str, rules: str, proposals: str) -> list[Method]:
+def _methods(strides: str, branches: str, rules: str, proposals: str, *, two_pass: bool) -> list[Method]:
     """Every combination; the official rule has one group and one kind of proposals.
 
     Raises:
@@ -169,6 +172,8 @@ def _methods(strides: str, branches: str, rules: str, proposals: str) -> list[Me
                 for count in groups
                 for kind in drafts
             ]
+        if two_pass:
+            found.append(TwoPass(stride))
     return list(dict.fromkeys(found))
 
 

@@ -25,7 +25,8 @@ def chain_of(acceptance: Float[np.ndarray, "*R M"], branches: int) -> Chain:
     Args:
         acceptance: probability that the draft at each depth is accepted, if those before it were; M = 0 for AR.
         branches: groups of MASKs. One stands behind the last draft; several stand behind the prefixes where most
-            windows end. A lower bound for placed branches, which follow each window's own drafts.
+            windows end, a lower bound for placed branches, which follow each window's own drafts. With none, every
+            window that verifies is followed by a cold one: drafting and verifying take turns.
     """
     certain = np.ones_like(acceptance, shape=(*acceptance.shape[:-1], 1))
     reached = np.cumprod(np.concatenate([certain, acceptance], axis=-1), axis=-1)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from idlm_jax.decoding.bootstrap import Estimate, Weights, estimate, ratio, resampled, safe_ratio
 from idlm_jax.decoding.chain import Chain, chain_of, expected_forwards, tokens_per_forward
 from idlm_jax.decoding.generate import Completion, generate
-from idlm_jax.decoding.method import AR, ISD, Method
+from idlm_jax.decoding.method import AR, ISD, Method, TwoPass
 from idlm_jax.decoding.prompts import Prompt, encode_prompt
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.model.language_model import LanguageModel
@@ -48,7 +48,7 @@ class Consistency:
             that was never reached.
         tokens_per_forward: TPF as counted, prefills included.
         predicted: TPF that the acceptance by depth alone implies for completions of these lengths; None where it
-            implies none (a method without drafts of that kind, or whose forwards are "auto").
+            implies none (block diffusion, which verifies nothing, and "auto").
         predicted_long: the same for a completion without end, which the formulas of papers are about.
         cold_share: of the forwards behind the prefill, those that had nothing to verify.
         rows_per_forward: query rows of a forward behind the prefill, padding included; None where they vary ("auto").
@@ -210,13 +210,13 @@ def predicted_long(method: Method, counted: Tally, weights: Weights) -> Estimate
 
 
 def _follows_chain(method: Method) -> bool:
-    return isinstance(method, AR | ISD) and len(method.menu) == 1
+    return isinstance(method, AR | ISD | TwoPass) and len(method.menu) == 1
 
 
 def _chain(method: Method, counted: Tally, weights: Weights) -> Chain:
     acceptance = safe_ratio(weights @ counted.accept_probs, weights @ counted.verified)
     # A depth that no window reached has no say in where windows end.
-    return chain_of(np.nan_to_num(acceptance), int(method.branches))
+    return chain_of(np.nan_to_num(acceptance), 0 if isinstance(method, TwoPass) else int(method.branches))
 
 
 def _checked(lm: LanguageModel, prompts: Mapping[str, Sequence[Prompt]], max_tokens: int) -> dict[str, list[list[int]]]:

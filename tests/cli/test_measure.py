@@ -92,15 +92,17 @@ def test_many_prompts_are_thinned_evenly(folder, files, monkeypatch):
 def test_methods_are_every_combination_and_the_official_rule_is_itself(folder, files, monkeypatch):
     asked = []
     monkeypatch.setattr(idlm_jax, "measure", lambda lm, prompts, methods, **_: asked.extend(methods) or [])
-    options = ["--strides", "2,4", "--branches", "1,2,full", "--rules", "exact,official", "--temperatures", "0"]
+    options = ["--strides", "2,4", "--branches", "1,2,full", "--rules", "exact,official", "--two-pass"]
     run(monkeypatch, "measure", folder, "--prompts", files / "code.jsonl", *options)
     isd = idlm_jax.ISD
     official = {"proposals": "argmax", "rule": "official"}
     assert asked == [
         *(isd(2, branches=count) for count in (1, 2)),
         isd(2, **official),
+        idlm_jax.TwoPass(2),
         *(isd(4, branches=count) for count in (1, 2, 4)),
         isd(4, **official),
+        idlm_jax.TwoPass(4),
     ]
 
 

@@ -9,7 +9,14 @@ from idlm_jax.decoding.chain import chain_of, expected_forwards, tokens_per_forw
 from idlm_jax.decoding.method import ISD
 
 # What the windows are drawn with, per depth, and the groups of MASKs.
-CASES = [([0.9], 1), ([0.42, 0.43, 0.54], 1), ([0.9, 0.3, 0.8], 2), ([0.2, 0.9, 0.9], 2), ([0.42, 0.43, 0.54], 4)]
+CASES = [
+    ([0.9], 1),
+    ([0.42, 0.43, 0.54], 1),
+    ([0.9, 0.3, 0.8], 2),
+    ([0.2, 0.9, 0.9], 2),
+    ([0.42, 0.43, 0.54], 4),
+    ([0.9, 0.8], 0),
+]
 
 
 @pytest.mark.parametrize(
@@ -20,6 +27,8 @@ CASES = [([0.9], 1), ([0.42, 0.43, 0.54], 1), ([0.9, 0.3, 0.8], 2), ([0.2, 0.9, 
         ([0.905] * 3, 1, 2.96),
         ([0.896] * 7, 1, 4.01),
         ([0.905] * 3, 4, 1 + 0.905 + 0.905**2 + 0.905**3),
+        # Drafting and verifying take turns: a token, then all that is accepted and one more.
+        ([0.5, 0.5], 0, (1 + 1.75) / 2),
         ([], 1, 1.0),
         ([0.0, 0.0], 1, 1.0),
         ([1.0, 1.0], 1, 3.0),

@@ -9,7 +9,7 @@ import pytest
 
 import idlm_jax
 from idlm_jax.decoding.measure import consistency
-from idlm_jax.decoding.method import AR, ISD
+from idlm_jax.decoding.method import AR, ISD, BlockDiffusion, Method, TwoPass
 from tests.support.tiny_model import random_prompts, tiny_lm
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def test_acceptance_by_depth_predicts_what_greedy_decoding_takes(r_isd):
 @pytest.mark.proof
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_kind_of_method_is_predicted(r_isd, temperature):
-    methods = [
+    methods: list[Method] = [
         ISD(2),
         ISD(4),
         ISD(4, rule="coupled"),
@@ -63,7 +63,7 @@ def test_every_kind_of_method_is_predicted(r_isd, temperature):
         ISD(4, branches=2),
         ISD(4, branches=4),
     ]
-    methods.append(ISD(4, proposals="argmax", rule="official"))
+    methods += [ISD(4, proposals="argmax", rule="official"), TwoPass(4)]
     sampling = idlm_jax.SamplingParams(max_tokens=48, ignore_eos=True)
     rows = idlm_jax.measure(r_isd, {"code": real_prompts(96)}, methods, temperatures=[temperature], sampling=sampling)
     for row in rows[1:]:
@@ -142,6 +142,26 @@ def test_what_auto_ran_is_counted_but_not_predicted():
     row = consistency(ISD("auto"), 0.0, "a", made, ar, [2])
     assert (row.predicted, row.predicted_long, row.rows_per_token, row.compute_efficiency) == (None,) * 4
     assert (row.tokens_per_forward.value, row.acceptance.value, row.num_same_as_ar) == (14 / 11, 0.5, 1)
+
+
+def test_block_diffusion_verifies_nothing_so_it_has_tokens_and_rows_alone():
+    nothing = {"verified_by_depth": (0, 0), "accept_probs_by_depth": (0.0, 0.0)}
+    made = [dataclasses.replace(completion(8, 4), **nothing)] * 2
+    row = consistency(BlockDiffusion(3), 1.0, "a", made, made, [2])
+    assert (row.acceptance, row.acceptance_by_depth, row.predicted, row.predicted_long) == (
+        None,
+        (None,) * 2,
+        None,
+        None,
+    )
+    assert (row.tokens_per_forward.value, row.rows_per_token, row.cold_share) == (2.0, 3 * 6 / 16, 0.0)
+
+
+def test_two_passes_are_predicted_as_turns():
+    made = [dataclasses.replace(completion(9, 6), verified_by_depth=(3, 2), accept_probs_by_depth=(2.0, 1.0))] * 2
+    row = consistency(TwoPass(3), 1.0, "a", made, made, [2])
+    assert row.predicted_long is not None
+    assert row.predicted_long.value == pytest.approx((1 + 1 + 2 / 3 + 1 / 3) / 2)
 
 
 def test_a_depth_that_no_window_reached_has_no_acceptance_and_no_part_in_the_prediction():
