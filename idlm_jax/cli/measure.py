@@ -64,7 +64,8 @@ def measure(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.")] = 0,
     block_length: Annotated[
-        int | None, typer.Option(help="MASKs per block in the held-out losses; by default the largest stride - 1.")
+        int | None,
+        typer.Option(help="MASKs per block in the held-out losses; by default the largest stride - 1.", min=1),
     ] = None,
     heldout_batches: Annotated[
         int | None, typer.Option(help="Most batches of 8 held-out rows for the losses; by default all.", min=1)
