@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 import idlm_jax
 from benchmarks.record import origin, provenance, write
+from idlm_jax.decoding.bootstrap import ratio, resampled
 from idlm_jax.decoding.generate import Completion
+from idlm_jax.decoding.measure import tally
 from idlm_jax.decoding.method import ISD
 from train.data import heldout_prompts
 
 RESULTS = Path("benchmarks/results/branches")
-RESAMPLES = 2000
 
 
 def rules(stride: int) -> dict[str, ISD]:
@@ -40,26 +41,20 @@ def rules(stride: int) -> dict[str, ISD]:
 
 def summary(completions: list[Completion], method: ISD, baseline: list[Completion], seed: int) -> dict[str, Any]:
     """Means over all tokens, with 95 % intervals from resampled prompts; ratios resample the same prompts of both."""
-    tokens, forwards = (
-        np.array([len(each.token_ids) for each in completions]),
-        np.array([each.num_forwards for each in completions]),
-    )
-    other = np.array([each.num_forwards / len(each.token_ids) for each in baseline]) * tokens
-    picked = np.random.default_rng(seed).integers(0, len(tokens), (RESAMPLES, len(tokens)))
-    tpf = tokens[picked].sum(1) / forwards[picked].sum(1)
-    ratio = other[picked].sum(1) / forwards[picked].sum(1)
-    verified, accepted = (
-        np.array([getattr(each, name) for each in completions]).sum(0)
-        for name in ("verified_by_depth", "accepted_by_depth")
-    )
-    decodes = forwards.sum() - len(completions)
+    counted, weights = tally(completions), resampled([len(completions)], seed)
+    others = tally(baseline)
+    tpf = ratio(counted.tokens, counted.forwards, weights)
+    over = ratio(others.forwards / others.tokens * counted.tokens, counted.forwards, weights)
+    assert tpf is not None and over is not None  # every completion took a forward
+    verified, accepted = counted.verified.sum(0), np.sum([each.accepted_by_depth for each in completions], axis=0)
+    decodes = counted.forwards.sum() - len(completions)
     return {
-        "tokens_per_forward": tokens.sum() / forwards.sum(),
-        "tokens_per_forward_interval": np.percentile(tpf, [2.5, 97.5]).tolist(),
-        "over_official": other.sum() / forwards.sum(),
-        "over_official_interval": np.percentile(ratio, [2.5, 97.5]).tolist(),
-        "rows_per_token": decodes * method.window_len / tokens.sum(),
-        "cold_share": sum(each.num_cold_starts for each in completions) / decodes,
+        "tokens_per_forward": tpf.value,
+        "tokens_per_forward_interval": [tpf.low, tpf.high],
+        "over_official": over.value,
+        "over_official_interval": [over.low, over.high],
+        "rows_per_token": decodes * method.window_len / counted.tokens.sum(),
+        "cold_share": counted.cold_starts.sum() / decodes,
         "accepted_by_depth": (accepted / np.maximum(verified, 1)).tolist(),
     }
 

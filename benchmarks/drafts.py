@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import idlm_jax
 from benchmarks.record import origin, provenance, write
+from idlm_jax.decoding.bootstrap import Estimate, ratio, resampled
 from idlm_jax.decoding.generate import prepare_batch
 from idlm_jax.decoding.loop import run_loop, run_prefill
 from idlm_jax.decoding.method import ISD
@@ -26,7 +27,6 @@ from idlm_jax.decoding.state import DecodeState, Finish
 from train.data import heldout_prompts
 
 RESULTS = Path("benchmarks/results/drafts")
-RESAMPLES = 2000
 # What the token before a group's drafts is, and whether the group saw it.
 BONUS, CORRECTION, SEEN = range(3)
 KINDS = {"bonus": BONUS, "correction": CORRECTION, "cold start": SEEN}
@@ -93,18 +93,18 @@ def summary(watched: Watched) -> dict[str, Any]:
     """Means over tokens and drafts, with 95 % intervals from resampled prompts; and every prompt's forwards."""
     tokens, forwards, verified, sums = watched
 
-    def ratio(above: np.ndarray, below: np.ndarray) -> dict[str, Any]:
-        picked = np.random.default_rng(0).integers(0, len(above), (RESAMPLES, len(above)))
-        resampled = above[picked].sum(1) / np.maximum(below[picked].sum(1), 1)
-        interval = np.percentile(resampled, [2.5, 97.5]).tolist()
-        return {"mean": float(above.sum() / max(below.sum(), 1)), "interval": interval, "count": int(below.sum())}
+    weights = resampled([len(tokens)])
+
+    def mean(above: np.ndarray, below: np.ndarray) -> dict[str, Any]:
+        found = ratio(above, below, weights) or Estimate(0.0, 0.0, 0.0)  # of no draft at all
+        return {"mean": found.value, "interval": [found.low, found.high], "count": int(below.sum())}
 
     return {
-        "tokens_per_forward": ratio(tokens, forwards),
+        "tokens_per_forward": mean(tokens, forwards),
         "forwards": forwards.tolist(),
-        "acceptance": ratio(sums.sum((1, 2)), verified.sum((1, 2))),
+        "acceptance": mean(sums.sum((1, 2)), verified.sum((1, 2))),
         "by_kind": {
-            name: [ratio(sums[:, kind, depth], verified[:, kind, depth]) for depth in range(verified.shape[2])]
+            name: [mean(sums[:, kind, depth], verified[:, kind, depth]) for depth in range(verified.shape[2])]
             for name, kind in KINDS.items()
         },
     }
@@ -179,9 +179,9 @@ def markdown(record: dict[str, Any]) -> str:
 def fewer_forwards(row: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """Forwards of `reference` over those of `row`, for completions of equal length; prompts are resampled in pairs."""
     ours, theirs = np.array(row["forwards"]), np.array(reference["forwards"])
-    picked = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
-    interval = np.percentile(theirs[picked].sum(1) / ours[picked].sum(1), [2.5, 97.5]).tolist()
-    return {"mean": float(theirs.sum() / ours.sum()), "interval": interval}
+    found = ratio(theirs, ours, resampled([len(ours)]))
+    assert found is not None  # every completion took a forward
+    return {"mean": found.value, "interval": [found.low, found.high]}
 
 
 def mean_interval(values: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,16 +11,18 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import typer
+from jaxtyping import Float
 from tqdm import tqdm
 
 import idlm_jax
 from benchmarks.record import origin, provenance, write
 from idlm_jax.cli.evaluate import heldout_means
+from idlm_jax.decoding.bootstrap import Weights, estimate, ratio, resampled
 from idlm_jax.decoding.generate import Completion
+from idlm_jax.decoding.measure import tally
 from train.data import heldout_prompts
 
 RESULTS = Path("benchmarks/results/quantized")
-RESAMPLES = 2000
 STRIDE = 4
 # Name -> options of `load`. The first is what the others are measured against; 8-bit weights meet float32 rows, so that
 # their cost stands alone.
@@ -34,20 +36,18 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def against(completions: list[Completion], baseline: list[Completion], seed: int) -> dict[str, Any]:
     """TPF and its ratio to the baseline's, with 95 % intervals from resampled prompts, the same prompts for both."""
-    tokens, forwards, base_tokens, base_forwards = (
-        np.array([count(each) for each in group])
-        for group in (completions, baseline)
-        for count in (lambda each: len(each.token_ids), lambda each: each.num_forwards)
-    )
-    picked = np.random.default_rng(seed).integers(0, len(tokens), (RESAMPLES, len(tokens)))
-    tpf = tokens[picked].sum(1) / forwards[picked].sum(1)
-    base_tpf = base_tokens[picked].sum(1) / base_forwards[picked].sum(1)
-    mean = tokens.sum() / forwards.sum()
+    ours, base, weights = tally(completions), tally(baseline), resampled([len(completions)], seed)
+
+    def over(drawn: Weights) -> Float[np.ndarray, " R"]:
+        return (drawn @ ours.tokens) / (drawn @ ours.forwards) / ((drawn @ base.tokens) / (drawn @ base.forwards))
+
+    tpf, times = ratio(ours.tokens, ours.forwards, weights), estimate(over, weights)
+    assert tpf is not None and times is not None  # every completion took a forward
     return {
-        "tokens_per_forward": mean,
-        "tokens_per_forward_interval": np.percentile(tpf, [2.5, 97.5]).tolist(),
-        "over_baseline": mean / (base_tokens.sum() / base_forwards.sum()),
-        "over_baseline_interval": np.percentile(tpf / base_tpf, [2.5, 97.5]).tolist(),
+        "tokens_per_forward": tpf.value,
+        "tokens_per_forward_interval": [tpf.low, tpf.high],
+        "over_baseline": times.value,
+        "over_baseline_interval": [times.low, times.high],
         "same_completions": sum(a.token_ids == b.token_ids for a, b in zip(completions, baseline, strict=True)),
     }
 

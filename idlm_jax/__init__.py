@@ -5,11 +5,14 @@ from idlm_jax.decoding import (
     ISD,
     BlockDiffusion,
     Completion,
+    Consistency,
+    Estimate,
     SamplingParams,
     TokenLogprob,
     TwoPass,
     generate,
     generate_stream,
+    measure,
     stream_tokens,
 )
 from idlm_jax.model.language_model import LanguageModel
@@ -22,6 +25,8 @@ __all__ = [
     "ISD",
     "BlockDiffusion",
     "Completion",
+    "Consistency",
+    "Estimate",
     "LanguageModel",
     "SamplingParams",
     "TokenLogprob",
@@ -32,5 +37,6 @@ __all__ = [
     "generate",
     "generate_stream",
     "load",
+    "measure",
     "stream_tokens",
 ]

@@ -13,6 +13,7 @@ from idlm_jax.cli.evaluate import evaluate
 from idlm_jax.cli.evaluate_suite import evaluate_suite
 from idlm_jax.cli.export import export
 from idlm_jax.cli.generate import generate
+from idlm_jax.cli.measure import measure
 from idlm_jax.cli.pack import pack, show
 from idlm_jax.cli.regenerate import regenerate
 
@@ -38,8 +39,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Introspective diffusion language models: generate, export, evaluate, prepare data, and a five-minute demo. "
-    "Training is `python -m train CONFIG.yaml key=value ...` from a checkout.",
+    help="Introspective diffusion language models: generate, export, evaluate, measure, prepare data, and a "
+    "five-minute demo. Training is `python -m train CONFIG.yaml key=value ...` from a checkout.",
 )
 app.command()(generate)
 app.command()(export)
@@ -48,6 +49,7 @@ app.command(
     cls=EvalCommand,
     epilog="Public benchmarks, beside published figures: idlm eval --suite idlm15 --help.",
 )(evaluate)
+app.command()(measure)
 app.command()(pack)
 app.command()(show)
 app.command()(regenerate)

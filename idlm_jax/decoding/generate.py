@@ -44,6 +44,7 @@ class Completion:
         num_cold_starts: forwards after the prefill that had no draft to verify.
         verified_by_depth: drafts that decided a token, depth 0 first.
         accepted_by_depth: how many of those were accepted.
+        accept_probs_by_depth: sum of min(1, p/q) over them.
         acceptance_rate: mean of min(1, p/q) over the verified drafts; nan when there were none (AR).
         logprobs: one entry per token when asked for, else None.
         logit_checksums: with `deterministic="bitwise"`, one number per token: an exact function of the bits of the
@@ -57,6 +58,7 @@ class Completion:
     num_cold_starts: int
     verified_by_depth: tuple[int, ...]
     accepted_by_depth: tuple[int, ...]
+    accept_probs_by_depth: tuple[float, ...]
     acceptance_rate: float
     logprobs: list[TokenLogprob] | None
     logit_checksums: list[int] | None = None
@@ -259,6 +261,7 @@ def read_completions(
                 num_cold_starts=int(counts.cold_starts[slot]),
                 verified_by_depth=tuple(counts.verified[slot].tolist()),
                 accepted_by_depth=tuple(counts.accepted[slot].tolist()),
+                accept_probs_by_depth=tuple(counts.accept_prob[slot].tolist()),
                 acceptance_rate=float(counts.accept_prob[slot].sum()) / verified if verified else float("nan"),
                 logprobs=logprobs,
                 logit_checksums=None if checksums is None else checksums[slot, span].tolist(),

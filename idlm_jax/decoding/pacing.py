@@ -1,15 +1,17 @@
 """Which method the next forward runs: most tokens a second, from what was accepted and what a step takes. No JAX.
 
-    tokens per forward   a two-state chain (warm, cold) over acceptance by depth, corrected by what was counted
+    tokens per forward   a chain over acceptance by depth (`chain`), corrected by what was counted
     seconds per forward  measured before the first request for each batch size, followed while steps are taken
 
 Small batches are bound by reading weights, so that rows are nearly free and many of them pay; large ones are bound by
 rows, so that AR wins unless drafts are very good. Where the two meet is measured, never assumed.
 """
 
-import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from idlm_jax.decoding.chain import chain_of, tokens_per_forward
 from idlm_jax.decoding.method import Method
 
 # A rival must be better by this much. Half of what auto may lose to the best fixed method, so as to notice it at all.
@@ -101,8 +103,9 @@ class Pacer:
     def tokens_per_forward(self, index: int) -> float:
         """Expected of a method that runs for a while."""
         method = self.menu[index]
-        chain = chain_tokens_per_forward(self.acceptance()[: method.num_masks], int(method.branches))
-        return (self._tokens[index] + PRIOR_FORWARDS * chain) / (self._forwards[index] + PRIOR_FORWARDS)
+        chain = chain_of(np.array(self.acceptance()[: method.num_masks]), int(method.branches))
+        expected = PRIOR_FORWARDS * float(tokens_per_forward(chain))
+        return (self._tokens[index] + expected) / (self._forwards[index] + PRIOR_FORWARDS)
 
     def rates(self, batch: int) -> dict[int, float]:
         """Tokens a second of each window, by method, as far as they are timed at this batch size."""
@@ -143,18 +146,3 @@ class Pacer:
         stride = self.menu[index].num_masks + 1
         ar = [seconds[other] for other in seconds if self.menu[other].num_masks == 0]
         return stride == 1 or not ar or stride * ar[0] > seconds[index]
-
-
-def chain_tokens_per_forward(acceptance: Sequence[float], branches: int) -> float:
-    """Tokens per forward where draft k is accepted with probability `acceptance[k]`, if those before were.
-
-    A forward ends at the first refusal. The next one is cold, with one token, unless a group of MASKs stands behind
-    that prefix; `branches` groups stand behind the prefixes where most forwards end, the last among them if it is one
-    alone. A lower bound for placed branches, which follow each forward's own drafts.
-    """
-    reached = [1.0, *(math.prod(acceptance[: depth + 1]) for depth in range(len(acceptance)))]
-    warm = sum(reached)
-    ends = [here - after for here, after in zip(reached, [*reached[1:], 0.0], strict=True)]
-    covered = ends[-1] if branches == 1 else sum(sorted(ends, reverse=True)[:branches])
-    cold = 1.0 - covered
-    return (warm + cold) / (1.0 + cold)

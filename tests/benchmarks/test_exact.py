@@ -28,7 +28,7 @@ def test_dry_comparison_bit_for_bit_finds_no_difference(tmp_path: Path):
 
 def completion(token: int, checksum: int | None) -> Completion:
     sums = None if checksum is None else [7, checksum]
-    return Completion([5, token], "", "length", 2, 0, (3,), (1,), 0.5, None, sums)
+    return Completion([5, token], "", "length", 2, 0, (3,), (1,), (1.5,), 0.5, None, sums)
 
 
 @pytest.fixture
