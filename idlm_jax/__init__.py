@@ -11,6 +11,7 @@ from idlm_jax.decoding import (
     generate,
     generate_stream,
     stream_tokens,
+    trace,
 )
 from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.weights import export_adapter, export_hf, load
@@ -32,4 +33,5 @@ __all__ = [
     "generate_stream",
     "load",
     "stream_tokens",
+    "trace",
 ]

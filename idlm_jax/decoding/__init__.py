@@ -4,6 +4,7 @@ from idlm_jax.decoding.generate import Completion, TokenLogprob, generate
 from idlm_jax.decoding.method import AR, ISD, BlockDiffusion, TwoPass
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.stream import generate_stream, stream_tokens
+from idlm_jax.decoding.trace import trace
 
 __all__ = [
     "AR",
@@ -16,4 +17,5 @@ __all__ = [
     "generate",
     "generate_stream",
     "stream_tokens",
+    "trace",
 ]
