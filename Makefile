@@ -88,7 +88,7 @@ lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/pyright
 
 clean:  ## remove environments, caches and build outputs (never runs/ or out/)
-	rm -rf .venv .venv-next .venv-eval .venv-docs site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next .venv-eval .venv-docs site .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: a second call costs nothing, an edited requirement reinstalls.

@@ -25,7 +25,7 @@ from train.layout import Layout, ObjectiveSettings, lay_out
 
 IMAGES = Path("docs/images")
 TINY, ADAPTER = "assets/tiny-qwen3-py", "assets/tiny-qwen3-py-isd"
-PROMPT = "def read_lines(path):\n"
+PROMPT = "def main():"
 MASK = -1  # stands for the MASK id
 COLOURS = ListedColormap(["whitesmoke", "tab:blue", "tab:orange"])
 SEEN = {"sees a clean row": "tab:blue", "sees a MASK row": "tab:orange"}
@@ -70,7 +70,8 @@ def draw_windows() -> Figure:
         visible = np.pad(np.asarray(window.visible[0]), ((0, 0), (1, 0)), constant_values=True)
         is_mask = np.pad(np.asarray(window.is_mask[0]), (1, 0))
         _draw_mask(axes, visible, is_mask, rows, ["context", *names])
-        axes.set(title=title, ylabel="query row")
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel("query row")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=2)
     return figure
 

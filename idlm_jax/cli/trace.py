@@ -22,7 +22,7 @@ PICTURES = (".svg", ".png")
 
 
 def trace(
-    prompt: Annotated[str, typer.Argument(help="Text to complete.")] = "def read_lines(path):\n",
+    prompt: Annotated[str, typer.Argument(help="Text to complete.")] = "def main():",
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub id; by default the tiny model of the checkout.")
     ] = None,
