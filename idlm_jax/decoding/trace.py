@@ -23,7 +23,7 @@ class Source(enum.Enum):
     BONUS = "bonus"  # behind the last draft, all accepted
     CORRECTION = "correction"  # in place of a refused draft
     COLD_START = "cold start"  # a forward that had no draft to verify
-    PLAIN = "plain"  # a forward of AR, which never drafts
+    PLAIN = "plain"  # a forward of a method that drafts nothing: AR, block diffusion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Forward:
     """What one forward verified and committed.
 
     Attributes:
-        token_ids: committed ids, 1 to `stride` of them.
+        token_ids: committed ids, 1 to `stride` of them; none in a forward of block diffusion that its block outlasts.
         sources: where each comes from; accepted drafts come first.
         drafts: ids that the forward before had drafted for these places. Under "auto", a forward with a smaller stride
             verifies only the first of them.
