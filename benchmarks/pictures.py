@@ -49,7 +49,7 @@ def draw_windows() -> Figure:
     plans = {
         "stride 4, cold start: nothing drafted": (4, 0, (0,)),
         "stride 4: three drafts, one group of MASKs": (4, 3, (3,)),
-        "stride 3, branches 3: a group behind every prefix": (3, 2, (0, 1, 2)),
+        "stride 3, branches 3: a group for every prefix": (3, 2, (0, 1, 2)),
     }
     for axes, (title, (stride, num_drafts, prefixes)) in zip(figure.subplots(1, 3), plans.items(), strict=True):
         num_masks = stride - 1
@@ -70,7 +70,7 @@ def draw_windows() -> Figure:
         visible = np.pad(np.asarray(window.visible[0]), ((0, 0), (1, 0)), constant_values=True)
         is_mask = np.pad(np.asarray(window.is_mask[0]), (1, 0))
         _draw_mask(axes, visible, is_mask, rows, ["context", *names])
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=9)
         axes.set_ylabel("query row")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=2)
     return figure
