@@ -3,7 +3,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next test-page chromium soak harnesses eval proofs bitwise report compiled plans lint clean
+.PHONY: help demo test test-fast test-next test-page chromium soak harnesses eval proofs bitwise report compiled plans docs \
+    pictures lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -78,13 +79,20 @@ compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compile
 plans: .venv-next/.dev  ## benchmarks/results/plans.md: does every config fit its devices? (compiled, no accelerator)
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 .venv-next/bin/python -W ignore -m benchmarks.plans
 
+pictures: .venv/.dev  ## docs/images/*.svg of the concepts page, from the code that they explain
+	.venv/bin/python -m benchmarks.pictures
+
+docs: .venv-docs/.installed  ## site/: the documentation, with the reference from docstrings; any warning fails it
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 lint: .venv/.dev  ## ruff (rules, format) and pyright
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
 clean:  ## remove environments, caches and build outputs (never runs/ or out/)
-	rm -rf .venv .venv-next .venv-eval .venv-evalscope build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next .venv-eval .venv-evalscope .venv-docs site .cache build dist *.egg-info .pytest_cache .ruff_cache \
+	    .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: a second call costs nothing, an edited requirement reinstalls.
@@ -122,6 +130,13 @@ clean:  ## remove environments, caches and build outputs (never runs/ or out/)
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found: make harnesses PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-evalscope
 	.venv-evalscope/bin/pip install --quiet --disable-pip-version-check "evalscope==1.14.1"
+	touch $@
+
+# Apart from .venv: nothing here imports them, and they import nothing of ours.
+.venv-docs/.installed: docs/requirements.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv found: make docs PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
 	touch $@
 
 .venv-next/.created:

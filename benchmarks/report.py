@@ -15,7 +15,7 @@ INTRODUCTION = """\
 Written by `make report` from `benchmarks/results/`; each table names its command, date, device and versions. Everything
 here was measured on two CPU cores with the tiny model of `assets/` (3 million parameters): tokens per forward,
 acceptance and identity are properties of model and method, times are ratios on a CPU. **No accelerator has run any of
-it yet**; what the compilers say about H200 and TPU is in [benchmarks/results/compiled](../benchmarks/results/compiled)
+it yet**; what the compilers say about H200 and TPU is in [kernels.md](kernels.md#compiled-here-measured-there)
 and [plans](../benchmarks/results/plans.md), apart from what was measured. The server under load is in
 [bench_serving.md](bench_serving.md), training recipes are in [recipes.md](recipes.md).
 """

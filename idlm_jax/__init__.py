@@ -14,6 +14,7 @@ from idlm_jax.decoding import (
     generate_stream,
     measure,
     stream_tokens,
+    trace,
 )
 from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.weights import export_adapter, export_hf, export_sglang, load
@@ -39,4 +40,5 @@ __all__ = [
     "load",
     "measure",
     "stream_tokens",
+    "trace",
 ]

@@ -16,6 +16,7 @@ from idlm_jax.cli.generate import generate
 from idlm_jax.cli.measure import measure
 from idlm_jax.cli.pack import pack, show
 from idlm_jax.cli.regenerate import regenerate
+from idlm_jax.cli.trace import trace
 
 
 class EvalCommand(TyperCommand):
@@ -39,10 +40,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Introspective diffusion language models: generate, export, evaluate, measure, prepare data, and a "
+    help="Introspective diffusion language models: generate, trace, export, evaluate, measure, prepare data, and a "
     "five-minute demo. Training is `python -m train CONFIG.yaml key=value ...` from a checkout.",
 )
 app.command()(generate)
+app.command()(trace)
 app.command()(export)
 app.command(
     name="eval",

@@ -6,6 +6,7 @@ from idlm_jax.decoding.measure import Consistency, measure
 from idlm_jax.decoding.method import AR, ISD, BlockDiffusion, TwoPass
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.decoding.stream import generate_stream, stream_tokens
+from idlm_jax.decoding.trace import trace
 
 __all__ = [
     "AR",
@@ -21,4 +22,5 @@ __all__ = [
     "generate_stream",
     "measure",
     "stream_tokens",
+    "trace",
 ]

@@ -1,6 +1,5 @@
 """`generate_stream`: text as it is committed, for one prompt."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from tokenizers.decoders import DecodeStream
 
 from idlm_jax.decoding.auto import stretches
 from idlm_jax.decoding.fixed_width import group_slots_of
-from idlm_jax.decoding.generate import PreparedBatch, prepare_batch
+from idlm_jax.decoding.generate import prepare_batch
 from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.method import ISD, Method
 from idlm_jax.decoding.pacing import Pacer
@@ -32,26 +31,36 @@ def stream_tokens(
 
     Together they equal what `generate` returns for the same arguments.
     """
-    sampling = SamplingParams() if sampling is None else sampling
     ids = encode_prompt(lm, prompt, 0)
-    method = ISD() if method is None else method
-    prepared = prepare_batch(lm, [ids], method, [sampling], group_slots_of(deterministic))
-    run_prefill, _ = programs(prepared.plan)
-    state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
     sent = len(ids)
-    for now in itertools.chain([state], _forwards(lm, method, prepared, state)):
+    for state in states(lm, ids, method, sampling, deterministic=deterministic):
         # Read before the state is donated to the next forward.
-        committed = int(now.context_len[0]) + 1
-        yield np.asarray(now.tokens[0, sent:committed]).tolist()
+        committed = int(state.context_len[0]) + 1
+        yield np.asarray(state.tokens[0, sent:committed]).tolist()
         sent = committed
 
 
-def _forwards(lm: LanguageModel, method: Method, prepared: PreparedBatch, state: DecodeState) -> Iterator[DecodeState]:
-    """The state after each forward; the one before is donated."""
+def states(
+    lm: LanguageModel,
+    prompt: list[int],
+    method: Method | None = None,
+    sampling: SamplingParams | None = None,
+    *,
+    deterministic: Literal["bitwise"] | None = None,
+) -> Iterator[DecodeState]:
+    """The state of one request after its prefill and after each forward: read it before asking for the next.
+
+    The next forward takes the buffers of the state that was yielded before it.
+    """
+    sampling = SamplingParams() if sampling is None else sampling
+    method = ISD() if method is None else method
+    prepared = prepare_batch(lm, [prompt], method, [sampling], group_slots_of(deterministic))
+    run_prefill, run_loop = programs(prepared.plan)
+    state = run_prefill(lm.graph, lm.params, prepared.plan, prepared.state, prepared.prefill_rows)
+    yield state
     if len(prepared.plans) > 1:
         yield from stretches(lm, prepared.plans, Pacer(method.menu), state, longest=1)
         return
-    _, run_loop = programs(prepared.plan)
     while int(state.finish[0]) == Finish.RUNNING:
         state = run_loop(lm.graph, lm.params, prepared.plan, state, jnp.int32(1))
         yield state

@@ -95,7 +95,7 @@ def test_export_writes_a_folder_that_loads_and_refuses_to_overwrite(folder, monk
     assert "copy" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "export", "eval", "measure", "demo"])
+@pytest.mark.parametrize("command", ["generate", "trace", "export", "eval", "measure", "demo"])
 def test_every_command_explains_itself(command, monkeypatch, capsys):
     assert run(monkeypatch, command, "--help") == 0
     assert len(capsys.readouterr().out) > 400
