@@ -87,7 +87,7 @@ class StandIn:
         stride = self._layout.num_masks + 1
         return self._commit(words[:, 0], self._rng.integers(1, stride + 1, len(words)), stride)
 
-    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None) -> Later:
+    def prefill(self, words: np.ndarray, masks: np.ndarray | None = None, choice: int = 0) -> Later:
         """Commits one token; the words are those of `serve.packing.pack_chunks`."""
         slots, start, num_tokens, is_last, _, _, end = words[:, :7].T
         self._left[slots] = end - start - num_tokens

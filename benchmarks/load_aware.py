@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import idlm_jax
 from benchmarks.record import origin, provenance, write
-from idlm_jax.decoding.method import method_name
+from idlm_jax.decoding.method import Method, method_name
 from idlm_jax.decoding.pacing import Pacer
 from serve.config import EngineConfig
 from serve.device import Device
@@ -37,7 +37,7 @@ TRIAL_ROUNDS, FAR_BEHIND = 3, 0.85
 class Fixed(Pacer):
     """Always the same method."""
 
-    def __init__(self, menu: Sequence[idlm_jax.AR | idlm_jax.ISD], index: int):
+    def __init__(self, menu: Sequence[Method], index: int):
         super().__init__(menu)
         self._index = index
 

@@ -57,7 +57,7 @@ def blocks(*, predicts_next: bool) -> tuple[Method, ...]:
     """Block diffusion from the most careful to the fastest, and with edits."""
     how = {"predicts_next": predicts_next}
     return (
-        idlm_jax.BlockDiffusion(BLOCK, threshold=None, **how),
+        idlm_jax.BlockDiffusion(BLOCK, threshold=1.0, **how),
         idlm_jax.BlockDiffusion(BLOCK, threshold=0.9, **how),
         idlm_jax.BlockDiffusion(BLOCK, threshold=0.5, **how),
         idlm_jax.BlockDiffusion(BLOCK, threshold=0.5, edit_threshold=0.9, **how),
