@@ -29,7 +29,7 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 # Paths below these are the repository's own; others are the reader's, or produced.
 OWN = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name not in ("runs", "out", "site"))
 # Programs of others, whose flags are not ours to check.
-FOREIGN = {"curl", "kill", "srun", "docker", ".venv/bin/pre-commit", ".venv-docs/bin/mkdocs"}
+FOREIGN = {"sglang.launch_server", "curl", "kill", "srun", "docker", ".venv/bin/pre-commit", ".venv-docs/bin/mkdocs"}
 
 
 class Parsed(BaseException):
@@ -70,6 +70,8 @@ def _fault_of_program(words: list[str], is_whole: bool) -> str | None:
             return _parse("train.launch_local", arguments, is_whole) or _fault_of_run(*after(arguments, "--"))
         case ["sbatch", *arguments] if "train/launch_slurm.sh" in arguments:
             return _fault_of_run(*after(arguments, "train/launch_slurm.sh"))
+        case ["python", "-m", module, *_] if module in FOREIGN:
+            return None
         case ["python", "-m", module, *arguments]:
             return _parse(module, arguments, is_whole)
         case ["python", "-c", program]:
