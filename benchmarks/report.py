@@ -51,6 +51,12 @@ SECTIONS = (
         "wrong has been mended since and not measured again ([0017](decisions/0017-coupled-and-auto.md)).",
     ),
     Section(
+        "Consistency",
+        "measure/tiny-cpu.md",
+        "What `idlm measure` says: acceptance by depth, and the tokens per forward that acceptance alone predicts, which must "
+        "agree with those counted ([measuring.md](measuring.md)).",
+    ),
+    Section(
         "Bit for bit",
         "bitwise/tiny-cpu.md",
         "Aim: no differing token and no differing logit bit ([0013](decisions/0013-bitwise.md)).",
