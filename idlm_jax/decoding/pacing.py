@@ -16,23 +16,21 @@ from idlm_jax.decoding.method import Method
 
 # A rival must be better by this much. Half of what auto may lose to the best fixed method, so as to notice it at all.
 HYSTERESIS = 1.01
-# A method that is not running is not measured, and its figures age. Four forwards in 128 of one that yields three
-# quarters as much cost 1 % of the tokens, less of a closer one. Two in 512 left a choice wrong for thousands of steps.
+# A method that is not running is not measured, and its figures age. Two forwards in 512 of a method that takes three
+# times as long as AR cost 0.7 % of the time.
 CONSIDER_EVERY = 8  # forwards between two looks at the rates
-PROBE_EVERY = 128
-PROBE_FORWARDS = 4
-BLIND_EVERY = 4  # probes; of those that only ask whether drafts have become good
+PROBE_EVERY = 512
+PROBE_FORWARDS = 2
 # A method is worth a probe if it may be the best after all.
 PROBE_WITHIN = 0.75
 HALF_LIFE = 4096  # drafts or windows after which an observation counts half
 PRIOR_DRAFTS = 8.0  # weight of a depth's prior: the acceptance one place before, or FIRST_ACCEPTANCE
 PRIOR_FORWARDS = 256.0  # weight of the chain against counted tokens per forward
 FIRST_ACCEPTANCE = 0.7
-FOLLOW = 0.05  # weight of one step's time against those before, of all methods
-COMPARE = 0.12  # of the method alone, while it is compared
-# Steps behind a change of method whose times say how it compares with others. Later ones say how fast the machine is,
-# which concerns all: else every slow minute would make what is running look worse than what is not.
-COMPARED_STEPS = 32
+# Weight of one step's time against those before. It mostly says how fast the machine is now, which concerns all methods:
+# else every slow minute would make what is running look worse than what is not, and the best of six noisy figures is
+# one that is too good. How methods compare was timed in turns, at rest; what running says of that counts little.
+FOLLOW_ALL, FOLLOW_ONE = 0.05, 0.005
 OUTLIER = 1.5  # one step's time moves the estimate as if it were at most this many times as long or short
 
 
@@ -47,8 +45,6 @@ class Pacer:
         self._forwards, self._tokens = [0.0] * len(self.menu), [0.0] * len(self.menu)
         self._seconds: dict[int, dict[int, float]] = {}
         self._current: dict[int, int] = {}
-        self._followed: int | None = None  # method of the last step followed
-        self._num_followed = 0  # steps in a row that had it
         self._num_chosen = 0
 
     def set_seconds(self, batch: int, index: int, seconds: float) -> None:
@@ -61,15 +57,11 @@ class Pacer:
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
         """Takes note of what a step has taken, contexts and host included; outliers count for little."""
-        self._num_followed = self._num_followed + 1 if self._followed == index else 1
-        self._followed = index
         known = self._seconds[batch]
         ratio = min(max(seconds / known[index], 1 / OUTLIER), OUTLIER)
-        if self._num_followed <= COMPARED_STEPS:
-            known[index] *= ratio**COMPARE
-            return
+        known[index] *= ratio**FOLLOW_ONE
         for each in known:
-            known[each] *= ratio**FOLLOW
+            known[each] *= ratio**FOLLOW_ALL
 
     def observe(self, index: int, forwards: int, tokens: int, verified: Sequence[int], accepted: Sequence[int]) -> None:
         """Takes note of what came of windows.
@@ -134,8 +126,7 @@ class Pacer:
         """Methods worth a probe."""
         rates, current = self.rates(batch), self._current.setdefault(batch, min(self._seconds[batch]))
         rivals = [each for each in rates if each != current and rates[each] >= PROBE_WITHIN * rates[current]]
-        is_blind = self.menu[current].num_masks == 0 and not rivals
-        if is_blind and self._num_chosen // PROBE_EVERY % BLIND_EVERY == 0:
+        if self.menu[current].num_masks == 0 and not rivals:
             # AR says nothing of how good drafts would be: ask the cheapest that could ever be better.
             rivals = [each for each in rates if each != current and self.could_win(batch, each)][:1]
         return rivals

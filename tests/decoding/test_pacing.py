@@ -5,7 +5,7 @@ import random
 import pytest
 
 from idlm_jax.decoding.method import ISD
-from idlm_jax.decoding.pacing import COMPARED_STEPS, CONSIDER_EVERY, PROBE_EVERY, PROBE_FORWARDS, Pacer
+from idlm_jax.decoding.pacing import CONSIDER_EVERY, PROBE_EVERY, PROBE_FORWARDS, Pacer
 
 MENU = ISD(stride="auto", branches="auto", max_stride=4).menu
 
@@ -100,19 +100,14 @@ def test_a_step_that_turns_out_slower_than_timed_is_left():
 
 
 def test_a_machine_that_slows_down_slows_all_methods_down():
-    world = World(0.9, 0.0)
-    pacer = timed(world)
-    rate(world, pacer, 1000)
-    first = pacer.choose(8)
-    for _ in range(COMPARED_STEPS):
-        pacer.follow_seconds(8, first, world.seconds(first))
+    pacer = timed(World(0.9, 0.0))
     before = pacer.rates(8)
     for _ in range(200):
-        pacer.follow_seconds(8, first, 1.9 * world.seconds(first))
+        pacer.follow_seconds(8, 3, 1.9)  # 1.0 before
     after = pacer.rates(8)
-    assert after[first] < 0.6 * before[first]
-    assert all(after[index] / after[first] == pytest.approx(before[index] / before[first]) for index in before)
-    assert {pacer.choose(8) for _ in range(2 * CONSIDER_EVERY)} == {first}
+    # Of a slowdown by 90 %, a few per cent are held against the method that ran.
+    relative = [after[index] / before[index] for index in range(len(MENU))]
+    assert max(relative) < 0.6 and min(relative) > 0.92 * max(relative)
 
 
 def test_one_hiccup_changes_little():
