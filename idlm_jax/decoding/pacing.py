@@ -27,9 +27,9 @@ HALF_LIFE = 4096  # drafts or windows after which an observation counts half
 PRIOR_DRAFTS = 8.0  # weight of a depth's prior: the acceptance one place before, or FIRST_ACCEPTANCE
 PRIOR_FORWARDS = 256.0  # weight of the chain against counted tokens per forward
 FIRST_ACCEPTANCE = 0.7
-# Weight of one step's time against those before. It mostly says how fast the machine is now, which concerns all methods:
-# else every slow minute would make what is running look worse than what is not, and the best of six noisy figures is
-# one that is too good. How methods compare was timed in turns, at rest; what running says of that counts little.
+# Weight of one step's time against those before. It mostly says how fast the machine is now, which concerns all: else
+# every slow minute would make what is running look worse than what is not, and the best of six noisy figures is one
+# that is too good. How methods compare was timed in turns, at rest; what running says of that counts little.
 FOLLOW_ALL, FOLLOW_ONE = 0.05, 0.005
 OUTLIER = 1.5  # one step's time moves the estimate as if it were at most this many times as long or short
 
