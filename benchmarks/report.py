@@ -53,8 +53,8 @@ SECTIONS = (
     Section(
         "Consistency",
         "measure/tiny-cpu.md",
-        "What `idlm measure` says: acceptance by depth, and the tokens per forward that it predicts, to be compared with "
-        "those counted ([measuring.md](measuring.md)).",
+        "What `idlm measure` says: acceptance by depth, and the tokens per forward that it predicts, to be compared "
+        "with those counted ([measuring.md](measuring.md)).",
     ),
     Section(
         "Bit for bit",
