@@ -65,7 +65,7 @@ def test_every_committed_config_is_valid_and_survives_the_snapshot(path, tmp_pat
         ({"steps": "many"}, "steps='many': input should be a valid integer"),
         ({"steps": 0}, "steps=0: input should be greater than or equal to 1"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"objective": "mlm"}, "objective='mlm': input should be 'ar' or 'introspective'"),
+        ({"objective": "mlm"}, "objective='mlm': input should be 'ar', 'introspective' or 'block_diffusion'"),
         ({"block_length": 16}, "block_length=16: input should be less than or equal to 15"),
         ({"run_name": "../x"}, "run_name='../x'"),
         ({"model": None}, "exactly one of init_from"),
