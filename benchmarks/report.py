@@ -45,6 +45,12 @@ SECTIONS = (
         "and drafts beyond the third are seldom reached ([0012](decisions/0012-branches.md)).",
     ),
     Section(
+        "What coupling costs",
+        "branches/coupled-cpu.md",
+        "Coupled verification says AR's own text for every seed and accepts a little less "
+        "([0017](decisions/0017-coupled-and-auto.md)).",
+    ),
+    Section(
         "Load-aware stride",
         "load_aware/tiny-cpu.md",
         "Aim: within 2 % of the best fixed method at every load, and never below AR. AR is the best on a CPU at every "
