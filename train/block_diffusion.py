@@ -14,9 +14,9 @@ from idlm_jax.array_types import Keys, Queries
 from idlm_jax.model.attention import masked_attention
 from idlm_jax.model.transformer import Qwen3
 from train.batch import Batch
-from train.layout import RowCounts
+from train.layout import RowCounts, next_row
 from train.mesh import along_stream
-from train.objective import Metrics, RowMean, agreement, cross_entropy, mask_token_id
+from train.objective import Metrics, RowMean, agreement, count_true, cross_entropy, mask_token_id, mean_over
 
 
 class Blocks(NamedTuple):
@@ -59,8 +59,7 @@ def cut_blocks(batch: Batch, block_length: int, *, predicts_next: bool) -> Block
 def count_rows(batch: Batch, block_length: int, *, predicts_next: bool) -> RowCounts:
     """Tokens that are predicted, by noisy and by clean rows: the loss is a mean over both."""
     blocks = cut_blocks(batch, block_length, predicts_next=predicts_next)
-    noisy, clean = (jnp.sum(rows, dtype=jnp.float32) for rows in (blocks.is_hidden, blocks.is_first))
-    return RowCounts(noisy, clean)
+    return RowCounts(count_true(blocks.is_hidden), count_true(blocks.is_first))
 
 
 def block_diffusion_loss(
@@ -94,18 +93,19 @@ def block_diffusion_loss(
     is_masked, weights = noise(blocks, jnp.asarray(batch.block_phase), block_length)
     hidden = _hidden(module, blocks, is_masked)
     num_rows = blocks.tokens.shape[1]
-    labels = _next(blocks.tokens) if predicts_next else blocks.tokens
-    scored = [_next(each) if predicts_next else each for each in (is_masked, blocks.is_first)]
+    labels = next_row(blocks.tokens) if predicts_next else blocks.tokens
+    scored = [next_row(each) if predicts_next else each for each in (is_masked, blocks.is_first)]
     ce = cross_entropy(module, hidden, jnp.tile(labels, (1, 2)), jnp.concatenate(scored, axis=1))
-    noisy = RowMean(jnp.sum((_next(weights) if predicts_next else weights) * ce[:, :num_rows]), _sum(blocks.is_hidden))
-    clean = RowMean(jnp.sum(ce[:, num_rows:]), _sum(blocks.is_first))
+    row_weights = next_row(weights) if predicts_next else weights
+    noisy = RowMean(jnp.sum(row_weights * ce[:, :num_rows]), count_true(blocks.is_hidden))
+    clean = RowMean(jnp.sum(ce[:, num_rows:]), count_true(blocks.is_first))
     counts = row_counts or RowCounts(noisy.num_rows, clean.num_rows)
     loss = (noisy.total + clean.total) / jnp.maximum(counts.noisy + counts.clean, 1.0)
     metrics = {
         "loss": RowMean(noisy.total + clean.total, noisy.num_rows + clean.num_rows),
         "ce_noisy": noisy,
         "ce_clean": clean,
-        "masked": RowMean(_sum(is_masked), noisy.num_rows),
+        "masked": RowMean(count_true(is_masked), noisy.num_rows),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
@@ -120,15 +120,15 @@ def measure_agreement(module: Qwen3, batch: Batch, block_length: int, *, predict
     """
     blocks = cut_blocks(batch, block_length, predicts_next=predicts_next)
     num_rows = blocks.tokens.shape[1]
-    labels = _next(blocks.tokens) if predicts_next else blocks.tokens
+    labels = next_row(blocks.tokens) if predicts_next else blocks.tokens
     q_rows = _hidden(module, blocks, blocks.is_hidden)[:, :num_rows]
     metrics: Metrics = {}
     for depth in range(block_length - 1):
         p_rows = _hidden(module, blocks, blocks.is_hidden & (blocks.place > depth))[:, :num_rows]
         is_counted = blocks.is_hidden & (blocks.place == depth + 1)
-        is_counted = _next(is_counted) if predicts_next else is_counted
+        is_counted = next_row(is_counted) if predicts_next else is_counted
         for name, values in agreement(module, q_rows, p_rows, labels).items():
-            found = RowMean(jnp.sum(jnp.where(is_counted, values, 0.0)), _sum(is_counted))
+            found = mean_over(is_counted, values)
             metrics[f"{name}/depth_{depth}"] = found
             before = metrics.get(name, RowMean(jnp.float32(0), jnp.float32(0)))
             metrics[name] = RowMean(before.total + found.total, before.num_rows + found.num_rows)
@@ -184,17 +184,8 @@ def _hidden(module: Qwen3, blocks: Blocks, is_masked: Bool[Array, "B L"]) -> Flo
     return hidden
 
 
-def _next(array: Array) -> Array:
-    """Every row's right neighbour; 0 or False past the end."""
-    return _shifted(array, 1)
-
-
 def _shifted(array: Array, distance: int) -> Array:
     """The row `distance` places to the right; 0 or False outside."""
     if distance < 0:
         return jnp.pad(array, ((0, 0), (-distance, 0)))[:, :distance]
     return jnp.pad(array[:, distance:], ((0, 0), (0, distance)))
-
-
-def _sum(rows: Bool[Array, "B L"]) -> Float[Array, ""]:
-    return jnp.sum(rows, dtype=jnp.float32)

@@ -137,8 +137,8 @@ def lay_out(batch: Batch, settings: ObjectiveSettings) -> Layout:
         )
         depth += (is_same_block & _before(is_response, distance)).astype(jnp.int32)
 
-    has_next = (segment_ids != 0) & (_next(segment_ids) == segment_ids)
-    predicts_response = has_next & _next(is_response)
+    has_next = (segment_ids != 0) & (next_row(segment_ids) == segment_ids)
+    predicts_response = has_next & next_row(is_response)
     match settings.label_rows:
         case LabelRows.MASK_ROWS:
             is_noisy_scored = is_response & predicts_response
@@ -153,13 +153,13 @@ def lay_out(batch: Batch, settings: ObjectiveSettings) -> Layout:
         is_mask=is_response,
         block_start=block_start,
         depth=depth,
-        labels=_next(tokens),
+        labels=next_row(tokens),
         is_noisy_scored=is_noisy_scored,
         is_clean_scored=predicts_response,
     )
 
 
-def _next(array: Array) -> Array:
+def next_row(array: Array) -> Array:
     """Every row's right neighbour; 0 or False past the end."""
     return jnp.pad(array[:, 1:], ((0, 0), (0, 1)))
 

@@ -86,18 +86,18 @@ def introspective_loss(
     ce_noisy, ce_clean = jnp.split(ce, 2, axis=1)
     is_noisy, is_draft = layout.is_noisy_scored, layout.is_draft_scored
     weights = layout.row_weights(settings.depth_weights) if settings.depth_weights else jnp.ones_like(ce_noisy)
-    weighted_ce, clean = _mean_over(is_noisy, weights * ce_noisy), _mean_over(layout.is_clean_scored, ce_clean)
+    weighted_ce, clean = mean_over(is_noisy, weights * ce_noisy), mean_over(layout.is_clean_scored, ce_clean)
 
-    metrics = {"ce_noisy": _mean_over(is_noisy, ce_noisy), "ce_clean": clean}
+    metrics = {"ce_noisy": mean_over(is_noisy, ce_noisy), "ce_clean": clean}
     metrics |= _means_by_depth("ce_noisy", ce_noisy, is_draft, layout.depth, settings.block_length)
     noisy = weighted_ce
     if settings.kl_weight or settings.tv_weight:
         divergences = _divergences(module, hidden, is_draft)
         for name, values in divergences.items():
-            metrics[name] = _mean_over(is_draft, values)
+            metrics[name] = mean_over(is_draft, values)
             metrics |= _means_by_depth(name, values, is_draft, layout.depth, settings.block_length)
         extra = settings.kl_weight * divergences["kl"] + settings.tv_weight * divergences["tv"]
-        noisy = _mean_over(is_noisy, weights * (ce_noisy + extra))
+        noisy = mean_over(is_noisy, weights * (ce_noisy + extra))
 
     if module.config.lora is not None:
         # Clean rows then get a cotangent of 0, and the head's backward pass drops such rows.
@@ -126,7 +126,7 @@ def ar_loss(module: Qwen3, batch: Batch, row_counts: RowCounts | None = None) ->
     """
     layout = lay_out(batch, ObjectiveSettings(block_length=1))
     ce = cross_entropy(module, clean_hidden(module, layout), layout.labels, layout.is_clean_scored)
-    clean = _mean_over(layout.is_clean_scored, ce)
+    clean = mean_over(layout.is_clean_scored, ce)
     num_rows = clean.num_rows if row_counts is None else row_counts.clean
     return clean.total / jnp.maximum(num_rows, 1.0), {"ce_clean": jax.lax.stop_gradient(clean)}
 
@@ -158,7 +158,7 @@ def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings,
     noisy, clean = jnp.split(two_stream_hidden(module, layout), 2, axis=1)
     metrics: Metrics = {}
     for name, values in agreement(module, noisy, clean, layout.labels, tile_rows=tile_rows).items():
-        metrics[name] = _mean_over(layout.is_noisy_scored, values)
+        metrics[name] = mean_over(layout.is_noisy_scored, values)
         metrics |= _means_by_depth(name, values, layout.is_noisy_scored, layout.depth, settings.block_length)
     return jax.lax.stop_gradient(metrics)
 
@@ -317,7 +317,8 @@ def cross_entropy(
     return per_device(local, (STREAM, P(axis)), STREAM)((hidden, labels, is_scored), module.head_weight())
 
 
-def _count(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
+def count_true(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
+    """How many rows; float32."""
     return jnp.sum(is_counted, dtype=jnp.float32)
 
 
@@ -347,8 +348,9 @@ def _divergences(
     return {"kl": kl, "tv": tv}
 
 
-def _mean_over(is_counted: Bool[Array, "B L"], values: Float[Array, "B L"]) -> RowMean:
-    return RowMean(jnp.sum(jnp.where(is_counted, values, 0.0)), _count(is_counted))
+def mean_over(is_counted: Bool[Array, "B L"], values: Float[Array, "B L"]) -> RowMean:
+    """The mean of the counted rows."""
+    return RowMean(jnp.sum(jnp.where(is_counted, values, 0.0)), count_true(is_counted))
 
 
 def _means_by_depth(
@@ -358,4 +360,4 @@ def _means_by_depth(
     depth: Int[Array, "B L"],
     block_length: int,
 ) -> Metrics:
-    return {f"{name}/depth_{d}": _mean_over(is_counted & (depth == d), values) for d in range(block_length)}
+    return {f"{name}/depth_{d}": mean_over(is_counted & (depth == d), values) for d in range(block_length)}

@@ -4,6 +4,7 @@ A block does not know whether it trains, prefills or decodes: it hands its rotat
 `Attend` and adds what comes back. Masks are boolean with True = may attend.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -21,6 +22,7 @@ from pallas_kernels.bodies import Kernels
 from pallas_kernels.paged_attention import paged_attention, write_pages
 
 # `half` is H // 2; jaxtyping cannot derive one argument's axis from an axis that no earlier argument has bound.
+Pools = tuple[Float[Array, "P K page H"], Float[Array, "P K page H"]]
 RopeTables = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
@@ -113,15 +115,10 @@ def paged_attend(
         mesh: whose "tensor" axis cuts the key heads, of the pool (`POOL_SPEC`) too; None for one device.
     """
 
-    def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: KVCache) -> tuple[Queries, KVCache]:
-        table = page_table + layer * carried.num_pages
-        pools = carried.k.reshape(-1, *carried.k.shape[2:]), carried.v.reshape(-1, *carried.v.shape[2:])
-        how = {"body": kernels.paged_attention, "interpret": kernels.interpret}
-        pools = write_pages(pools, (k, v), table, context_len, **how)
-        mixed = paged_attention(q, *pools, table, context_len, visible, **how)
-        return mixed, KVCache(pools[0].reshape(carried.k.shape), pools[1].reshape(carried.v.shape))
+    def read(q: Queries, pools: Pools, table: Int[Array, "B pages"], how: dict[str, Any]) -> Queries:
+        return paged_attention(q, *pools, table, context_len, visible, **how)
 
-    return _cut_by_heads(attend, mesh)
+    return _written_then_read(read, page_table, context_len, kernels, mesh)
 
 
 def paged_block_attend(
@@ -144,32 +141,46 @@ def paged_block_attend(
         mesh: as in `paged_attend`.
     """
 
+    def read(q: Queries, pools: Pools, table: Int[Array, "B pages"], how: dict[str, Any]) -> Queries:
+        batch, rows = q.shape[:2]
+        blocks = rows // block_length
+        behind = start[:, None] + block_length * jnp.arange(1, blocks + 1, dtype=jnp.int32)[None]
+        nothing_new = jnp.zeros((batch * blocks, block_length, block_length), bool)
+        by_block = q.reshape(batch * blocks, block_length, *q.shape[2:])
+        mixed = paged_attention(
+            by_block, *pools, jnp.repeat(table, blocks, axis=0), behind.reshape(-1), nothing_new, **how
+        )
+        return mixed.reshape(q.shape)
+
+    return _written_then_read(read, page_table, start, kernels, mesh)
+
+
+def _written_then_read(
+    read: Callable[[Queries, Pools, Int[Array, "B pages"], dict[str, Any]], Queries],
+    page_table: Int[Array, "B pages"],
+    start: Int[Array, " B"],
+    kernels: Kernels,
+    mesh: Mesh | None,
+) -> Attend:
+    """Writes the new rows from slot `start` on and reads them back like the rest.
+
+    Args:
+        read: queries, key and value pages of all layers, page table of this layer, and how the op runs -> mixed values.
+        page_table: as in `paged_attend`.
+        start: slot of each request's first new row.
+        kernels: as in `paged_attend`.
+        mesh: as in `paged_attend`. XLA does not cut kernels. Heads are cut in stretches, so query heads stay with the
+            key head that they read; what is closed over is whole on every device.
+    """
+
     def attend(q: Queries, k: Keys, v: Keys, layer: Int[Array, ""], carried: KVCache) -> tuple[Queries, KVCache]:
         table = page_table + layer * carried.num_pages
         pools = carried.k.reshape(-1, *carried.k.shape[2:]), carried.v.reshape(-1, *carried.v.shape[2:])
         how = {"body": kernels.paged_attention, "interpret": kernels.interpret}
         pools = write_pages(pools, (k, v), table, start, **how)
-        batch, rows = q.shape[:2]
-        blocks = rows // block_length
-        behind = start[:, None] + block_length * jnp.arange(1, blocks + 1, dtype=jnp.int32)[None]
-        mixed = paged_attention(
-            q.reshape(batch * blocks, block_length, *q.shape[2:]),
-            *pools,
-            jnp.repeat(table, blocks, axis=0),
-            behind.reshape(-1),
-            jnp.zeros((batch * blocks, block_length, block_length), bool),
-            **how,
-        )
-        return mixed.reshape(q.shape), KVCache(pools[0].reshape(carried.k.shape), pools[1].reshape(carried.v.shape))
+        mixed = read(q, pools, table, how)
+        return mixed, KVCache(pools[0].reshape(carried.k.shape), pools[1].reshape(carried.v.shape))
 
-    return _cut_by_heads(attend, mesh)
-
-
-def _cut_by_heads(attend: Attend, mesh: Mesh | None) -> Attend:
-    """XLA does not cut kernels. Heads are cut in stretches, so query heads stay with the key head that they read.
-
-    What `attend` closes over is whole on every device.
-    """
     if mesh is None:
         return attend
     heads = P(None, None, "tensor")
