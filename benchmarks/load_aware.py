@@ -41,7 +41,7 @@ class Fixed(Pacer):
         super().__init__(menu)
         self._index = index
 
-    def choose(self, batch: int) -> int:
+    def choose(self, batch: int, forwards: int = 1) -> int:
         return self._index
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
@@ -103,7 +103,7 @@ def measure(
     pacers: dict[str, Pacer | None] = {method_name(method): Fixed(menu, index) for index, method in enumerate(menu)}
     pacers |= {AUTO: device.pacer, AR_ALONE: None}
     names = list(pacers)
-    timed = {batch: device.pacer.rates(batch) for batch in config.decode_buckets}
+    timed = {batch: device.pacer.seconds(batch) for batch in config.decode_buckets}
     record: dict[str, Any] = {
         **provenance(
             f"python -m benchmarks.load_aware --callers {callers} --max-stride {max_stride} --max-tokens "
@@ -112,8 +112,7 @@ def measure(
         "model": model,
         "adapter": str(adapter),
         "step_seconds": {
-            batch: {names[index]: device.pacer.tokens_per_forward(index) / rate for index, rate in rates.items()}
-            for batch, rates in timed.items()
+            batch: {names[index]: each for index, each in seconds.items()} for batch, seconds in timed.items()
         },
         "points": [],
     }

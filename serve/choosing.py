@@ -16,8 +16,9 @@ class Choosing:
     def __init__(self, limits: Limits, decode_buckets: Sequence[int], pacer: Pacer | None):
         """Args: what the scheduler plans within, batch sizes of the decode programs, and what has timed them."""
         self._limits, self._buckets, self._pacer = limits, decode_buckets, pacer
-        # When the last step was read, if it was a decode step alone.
+        # When the last step was read, if it was a decode step alone, and its method, if it decoded at all.
         self._read_at: float | None = None
+        self._last_choice: int | None = None
 
     def bucket(self, num_windows: int) -> int:
         """The batch size of the program that serves so many windows."""
@@ -59,4 +60,9 @@ class Choosing:
                 verified[: min(window.request.num_drafts, most, num_tokens)] += 1
                 accepted[: num_tokens - 1] += 1
         # Void windows count as forwards: a request whose end nobody could foresee has cost one too many. AR's never do.
-        self._pacer.observe(step.choice, len(step.windows), num_committed, verified.tolist(), accepted.tolist())
+        num_forwards = len(step.windows)
+        if step.choice != self._last_choice:
+            # Its drafts are those of another method: a probe of four such steps would say little of a hundred.
+            num_forwards = num_committed = 0
+        self._last_choice = step.choice
+        self._pacer.observe(step.choice, num_forwards, num_committed, verified.tolist(), accepted.tolist())

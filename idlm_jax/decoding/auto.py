@@ -49,7 +49,7 @@ def stretches(
     for index in untimed:
         state = run_loop(lm.graph, lm.params, plans[index], state, jnp.int32(0))  # compiles
     while np.any(before["finish"] == Finish.RUNNING):
-        index, length = (untimed.pop(0), min(TRIAL, longest)) if untimed else (pacer.choose(batch), longest)
+        index, length = (untimed.pop(0), min(TRIAL, longest)) if untimed else (pacer.choose(batch, longest), longest)
         start = time.perf_counter()
         state = run_loop(lm.graph, lm.params, plans[index], state, jnp.int32(length))
         after = _progress(state)

@@ -4,34 +4,42 @@
     seconds per forward  measured before the first request for each batch size, followed while steps are taken
 
 Small batches are bound by reading weights, so that rows are nearly free and many of them pay; large ones are bound by
-rows, so that AR wins unless drafts are very good. Where the two meet is measured, never assumed.
+rows, so that AR wins unless drafts are very good. Where the two meet is measured, never assumed. Both are known with an
+error. The first method of a menu, AR if it is there, runs unless another is better by more than that error: a guess
+must not make anybody slower than AR. Methods that may be better are tried now and then, until that is known.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from idlm_jax.decoding.chain import chain_of, tokens_per_forward
 from idlm_jax.decoding.method import Method
+from idlm_jax.decoding.step_times import StepTimes
 
-# A rival must be better by this much. Half of what auto may lose to the best fixed method, so as to notice it at all.
-HYSTERESIS = 1.01
-# A method that is not running is not measured, and its figures age. Two forwards in 512 of a method that takes three
-# times as long as AR cost 0.7 % of the time.
-CONSIDER_EVERY = 8  # forwards between two looks at the rates
-PROBE_EVERY = 512
-PROBE_FORWARDS = 2
-# A method is worth a probe if it may be the best after all.
-PROBE_WITHIN = 0.75
+# In forwards. A probe of a method that is slower by a fifth, once in 256 forwards, costs 0.4 % of the time.
+CONSIDER_EVERY = 32  # between two looks at the rates
+PROBE_EVERY = 256
+PROBE_FORWARDS = 4  # the first of them has no drafts to verify, if AR came before it
+# Where nothing may be better: a probe of AR, lest all was wrong, or beside AR of what perfect drafts would make better.
+LONG_SHOT_EVERY = 4  # probes
+# Standard deviations: by how many a method must be better, and by how many worse it may be and still be tried.
+SURE, HOPEFUL = 1.5, 2.0
+HYSTERESIS = 1.01  # half of what "auto" may lose to the best fixed method
+FOLLOWED_TOGETHER = 8  # forwards of one method in a row
 HALF_LIFE = 4096  # drafts or windows after which an observation counts half
 PRIOR_DRAFTS = 8.0  # weight of a depth's prior: the acceptance one place before, or FIRST_ACCEPTANCE
 PRIOR_FORWARDS = 256.0  # weight of the chain against counted tokens per forward
 FIRST_ACCEPTANCE = 0.7
-# Weight of one step's time against those before. It mostly says how fast the machine is now, which concerns all: else
-# every slow minute would make what is running look worse than what is not, and the best of six noisy figures is one
-# that is too good. How methods compare was timed in turns, at rest; what running says of that counts little.
-FOLLOW_ALL, FOLLOW_ONE = 0.05, 0.005
-OUTLIER = 1.5  # one step's time moves the estimate as if it were at most this many times as long or short
+
+
+class Rate(NamedTuple):
+    """Logarithm of a method's tokens a second over those of the first method, and its standard deviation."""
+
+    log: float
+    error: float
 
 
 class Pacer:
@@ -41,27 +49,40 @@ class Pacer:
         """Args: fixed methods, by ascending stride and rows; choices are indices into it."""
         self.menu = tuple(menu)
         most = max(method.num_masks for method in self.menu)
-        self._verified, self._accepted = [0.0] * most, [0.0] * most
+        self._verified, self._accepted = np.zeros(most), np.zeros(most)
         self._forwards, self._tokens = [0.0] * len(self.menu), [0.0] * len(self.menu)
-        self._seconds: dict[int, dict[int, float]] = {}
+        self._times: dict[int, StepTimes] = {}
         self._current: dict[int, int] = {}
-        self._num_chosen = 0
+        self._num_chosen = self._num_probes = self._probe_left = 0
+        self._probed: int | None = None
+        # Forwards that were timed and not followed yet, all of one method at one batch size.
+        self._pending: tuple[int, int, list[float]] | None = None
 
     def set_seconds(self, batch: int, index: int, seconds: float) -> None:
-        """What a forward of `batch` windows takes; a method without a time is never chosen for that batch."""
-        self._seconds.setdefault(batch, {})[index] = seconds
+        """What a forward of `batch` windows takes; a method without a time is never chosen for that batch.
+
+        The first of the menu comes first: the others are held against it.
+        """
+        self._times.setdefault(batch, StepTimes(len(self.menu))).set(index, seconds)
 
     def is_timed(self, batch: int, index: int) -> bool:
         """Whether the method can be chosen at this batch size."""
-        return index in self._seconds.get(batch, {})
+        return batch in self._times and index in self._times[batch].timed
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
-        """Takes note of what a step has taken, contexts and host included; outliers count for little."""
-        known = self._seconds[batch]
-        ratio = min(max(seconds / known[index], 1 / OUTLIER), OUTLIER)
-        known[index] *= ratio**FOLLOW_ONE
-        for each in known:
-            known[each] *= ratio**FOLLOW_ALL
+        """Takes note of what a step has taken, contexts and host included."""
+        if self._pending is None or self._pending[:2] != (batch, index):
+            self._follow_pending()
+            self._pending = batch, index, []
+        self._pending[2].append(seconds)
+        if len(self._pending[2]) == FOLLOWED_TOGETHER:
+            self._follow_pending()
+
+    def _follow_pending(self) -> None:
+        if self._pending is not None:
+            batch, index, seconds = self._pending
+            self._times[batch].follow(index, seconds)
+        self._pending = None
 
     def observe(self, index: int, forwards: int, tokens: int, verified: Sequence[int], accepted: Sequence[int]) -> None:
         """Takes note of what came of windows.
@@ -73,13 +94,11 @@ class Pacer:
             verified: drafts whose fate decided a token, by depth.
             accepted: how many of them were accepted, by depth.
         """
-        kept = 0.5 ** (sum(verified) / HALF_LIFE)
-        for depth in range(len(self._verified)):
-            self._verified[depth] *= kept
-            self._accepted[depth] *= kept
-        for depth, (seen, good) in enumerate(zip(verified, accepted, strict=True)):
-            self._verified[depth] += seen
-            self._accepted[depth] += good
+        num_verified = sum(verified)
+        if num_verified:
+            kept = 0.5 ** (num_verified / HALF_LIFE)
+            self._verified[: len(verified)] = kept * self._verified[: len(verified)] + verified
+            self._accepted[: len(accepted)] = kept * self._accepted[: len(accepted)] + accepted
         kept = 0.5 ** (forwards / HALF_LIFE)
         self._forwards[index] = self._forwards[index] * kept + forwards
         self._tokens[index] = self._tokens[index] * kept + tokens
@@ -87,53 +106,97 @@ class Pacer:
     def acceptance(self) -> list[float]:
         """Probability that the draft at each depth is accepted if those before were; a guess where none was seen."""
         found, before = [], FIRST_ACCEPTANCE
-        for seen, good in zip(self._verified, self._accepted, strict=True):
+        for seen, good in zip(self._verified.tolist(), self._accepted.tolist(), strict=True):
             before = (good + PRIOR_DRAFTS * before) / (seen + PRIOR_DRAFTS)
             found.append(before)
         return found
 
     def tokens_per_forward(self, index: int) -> float:
         """Expected of a method that runs for a while."""
+        return float(self._tokens_range(index)[1])
+
+    def _tokens_range(self, index: int) -> np.ndarray:
+        """Tokens per forward with acceptance a standard deviation lower, as it is, and as much higher."""
         method = self.menu[index]
-        chain = chain_of(np.array(self.acceptance()[: method.num_masks]), int(method.branches))
-        expected = PRIOR_FORWARDS * float(tokens_per_forward(chain))
+        mean = np.array(self.acceptance()[: method.num_masks])
+        error = np.sqrt(mean * (1 - mean) / (self._verified[: method.num_masks] + PRIOR_DRAFTS + 1))
+        acceptance = np.clip(np.stack([mean - error, mean, mean + error]), 0.0, 1.0)
+        expected = PRIOR_FORWARDS * tokens_per_forward(chain_of(acceptance, int(method.branches)))
         return (self._tokens[index] + expected) / (self._forwards[index] + PRIOR_FORWARDS)
 
-    def rates(self, batch: int) -> dict[int, float]:
-        """Tokens a second of each window, by method, as far as they are timed at this batch size."""
-        return {index: self.tokens_per_forward(index) / seconds for index, seconds in self._seconds[batch].items()}
+    def rates(self, batch: int) -> dict[int, Rate]:
+        """By method, as far as they are timed at this batch size.
 
-    def choose(self, batch: int) -> int:
-        """The method of the next forward over `batch` windows.
+        Raises:
+            KeyError: none is.
+        """
+        times = self._times[batch]
+        first = np.log(self._tokens_range(0)[1])
+        found = {}
+        for index in sorted(times.timed):
+            low, tokens, high = (np.log(self._tokens_range(index)) - first).tolist()
+            log_ratio, error = times.log_ratio(index)
+            found[index] = Rate(tokens - log_ratio, math.hypot((high - low) / 2, error) if index else 0.0)
+        return found
+
+    def seconds(self, batch: int) -> dict[int, float]:
+        """Of the next forward of each method that is timed at this batch size."""
+        times = self._times[batch]
+        return {index: times.seconds(index) for index in sorted(times.timed)}
+
+    def choose(self, batch: int, forwards: int = 1) -> int:
+        """The method of the next forwards over `batch` windows.
+
+        Args:
+            batch: a size that was timed.
+            forwards: how many, before the next question.
 
         Raises:
             KeyError: nothing was timed at this batch size.
         """
-        self._num_chosen += 1
-        since = self._num_chosen % PROBE_EVERY
-        if since < PROBE_FORWARDS and self._num_chosen >= PROBE_EVERY:
-            rivals = self._rivals(batch)
-            return rivals[self._num_chosen // PROBE_EVERY % len(rivals)] if rivals else self._current[batch]
-        if batch not in self._current or self._num_chosen % CONSIDER_EVERY == 0:
-            rates = self.rates(batch)
-            best = max(rates, key=lambda index: (rates[index], -index))
-            current = self._current.setdefault(batch, best)
-            if rates[best] > HYSTERESIS * rates[current]:
-                self._current[batch] = best
+        before, self._num_chosen = self._num_chosen, self._num_chosen + forwards
+        if batch not in self._current or _passes(CONSIDER_EVERY, before, self._num_chosen):
+            self._consider(batch)
+        if _passes(PROBE_EVERY, before, self._num_chosen):
+            self._probed, self._probe_left = self._rival(batch), PROBE_FORWARDS
+        if self._probed is not None and self._probe_left > 0 and self.is_timed(batch, self._probed):
+            self._probe_left -= forwards
+            return self._probed
         return self._current[batch]
 
-    def _rivals(self, batch: int) -> list[int]:
-        """Methods worth a probe."""
-        rates, current = self.rates(batch), self._current.setdefault(batch, min(self._seconds[batch]))
-        rivals = [each for each in rates if each != current and rates[each] >= PROBE_WITHIN * rates[current]]
-        if self.menu[current].num_masks == 0 and not rivals:
-            # AR says nothing of how good drafts would be: ask the cheapest that could ever be better.
-            rivals = [each for each in rates if each != current and self.could_win(batch, each)][:1]
-        return rivals
+    def _consider(self, batch: int) -> None:
+        worst = {index: rate.log - SURE * rate.error for index, rate in self.rates(batch).items()}
+        best = max(worst, key=lambda index: (worst[index], -index))
+        current = self._current.setdefault(batch, best)
+        if worst[best] > worst[current] + math.log(HYSTERESIS):
+            self._current[batch] = best
+
+    def _rival(self, batch: int) -> int | None:
+        """What to try: in turn, all that may be better than what runs; seldom, what cannot be by all that is known."""
+        self._num_probes += 1
+        rates, current = self.rates(batch), self._current[batch]
+        others = [index for index in rates if index != current]
+        rivals = [each for each in others if _may_beat(rates[each], rates[current])]
+        if rivals:
+            return rivals[self._num_probes % len(rivals)]
+        if self._num_probes % LONG_SHOT_EVERY:
+            return None
+        if current == 0:
+            # AR says nothing of how good drafts would be.
+            return next((index for index in others if self.could_win(batch, index)), None)
+        return 0 if 0 in rates else None
 
     def could_win(self, batch: int, index: int) -> bool:
         """Whether the method would beat AR at this batch size if all its drafts were accepted; true of AR itself."""
-        seconds = self._seconds[batch]
+        seconds = self.seconds(batch)
         stride = self.menu[index].num_masks + 1
         ar = [seconds[other] for other in seconds if self.menu[other].num_masks == 0]
         return stride == 1 or not ar or stride * ar[0] > seconds[index]
+
+
+def _may_beat(rate: Rate, other: Rate) -> bool:
+    return rate.log + HOPEFUL * math.hypot(rate.error, other.error) > other.log
+
+
+def _passes(every: int, before: int, after: int) -> bool:
+    return before // every != after // every

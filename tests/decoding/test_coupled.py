@@ -94,7 +94,7 @@ class Cycle(Pacer):
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None: ...
 
-    def choose(self, batch: int) -> int:
+    def choose(self, batch: int, forwards: int = 1) -> int:
         self.num_chosen = getattr(self, "num_chosen", -1) + 1
         return self.turns[self.num_chosen % len(self.turns)]
 

@@ -1,120 +1,167 @@
 """What the pacer chooses, against what it would choose if it knew everything. No JAX."""
 
+import math
 import random
 
 import pytest
 
 from idlm_jax.decoding.method import ISD
-from idlm_jax.decoding.pacing import CONSIDER_EVERY, PROBE_EVERY, PROBE_FORWARDS, Pacer
+from idlm_jax.decoding.pacing import CONSIDER_EVERY, LONG_SHOT_EVERY, PROBE_EVERY, PROBE_FORWARDS, Pacer
 
 MENU = ISD(stride="auto", branches="auto", max_stride=4).menu
+WINDOWS = 4
 
 
 class World:
-    """Forwards that end where drafts of a given quality make them end, in a given time."""
+    """Forwards that end where drafts of a given quality make them end, in a time that is hard to read.
+
+    A tenth of noise, a machine that wanders, and now and then a pause.
+    """
 
     def __init__(self, acceptance: float, seconds_per_row: float, seed: int = 0):
         self.acceptance, self.seconds_per_row = acceptance, seconds_per_row
         self.rng = random.Random(seed)
-        self.num_drafts = 0
+        self.num_drafts = [0] * WINDOWS
+        self.slowness = 0.0
 
     def seconds(self, index: int) -> float:
+        """What they would take without."""
         return 1.0 + self.seconds_per_row * MENU[index].window_len
+
+    def measured(self, index: int) -> float:
+        self.slowness = 0.98 * self.slowness + self.rng.gauss(0, 0.02)
+        pause = 3.0 if self.rng.random() < 0.01 else 1.0
+        return self.seconds(index) * pause * math.exp(self.slowness + self.rng.gauss(0, 0.1))
 
     def forward(self, pacer: Pacer, index: int) -> tuple[int, float]:
         method = MENU[index]
-        drafts = min(self.num_drafts, method.num_masks)
-        good = 0
-        while good < drafts and self.rng.random() < self.acceptance:
-            good += 1
-        verified = [int(depth < min(drafts, good + 1)) for depth in range(3)]
-        accepted = [int(depth < good) for depth in range(3)]
-        pacer.observe(index, 1, good + 1, verified, accepted)
-        is_covered = good == drafts or self.rng.random() < (method.branches - 1) / max(1, method.num_masks)
-        self.num_drafts = method.num_masks if is_covered else 0
-        return good + 1, self.seconds(index)
+        num_tokens, verified, accepted = 0, [0] * 3, [0] * 3
+        for window, num_drafts in enumerate(self.num_drafts):
+            drafts = min(num_drafts, method.num_masks)
+            good = 0
+            while good < drafts and self.rng.random() < self.acceptance:
+                good += 1
+            num_tokens += good + 1
+            for depth in range(3):
+                verified[depth] += depth < min(drafts, good + 1)
+                accepted[depth] += depth < good
+            is_covered = good == drafts or self.rng.random() < (method.branches - 1) / max(1, method.num_masks)
+            self.num_drafts[window] = method.num_masks if is_covered else 0
+        pacer.observe(index, WINDOWS, num_tokens, verified, accepted)
+        if pacer.is_timed(WINDOWS, index):
+            pacer.follow_seconds(WINDOWS, index, self.measured(index))
+        return num_tokens, self.seconds(index)
 
 
 def rate(world: World, pacer: Pacer, num: int, fixed: int | None = None) -> float:
     tokens, seconds = zip(
-        *(world.forward(pacer, pacer.choose(8) if fixed is None else fixed) for _ in range(num)), strict=True
+        *(world.forward(pacer, pacer.choose(WINDOWS) if fixed is None else fixed) for _ in range(num)), strict=True
     )
     return sum(tokens) / sum(seconds)
 
 
-def timed(world: World) -> Pacer:
+def timed(world: World, error: float = 0.1) -> Pacer:
+    """A pacer that was told, before the first forward, what they take; not quite."""
     pacer = Pacer(MENU)
     for index in range(len(MENU)):
-        pacer.set_seconds(8, index, world.seconds(index))
+        pacer.set_seconds(WINDOWS, index, world.seconds(index) * math.exp(world.rng.gauss(0, error)))
     return pacer
 
 
-@pytest.mark.parametrize(
-    ("acceptance", "seconds_per_row"), [(0.05, 0.02), (0.4, 0.0), (0.4, 0.1), (0.9, 0.02), (0.9, 1.0)]
-)
-def test_it_is_as_fast_as_the_best_fixed_method(acceptance, seconds_per_row):
-    """Within 3 %, of which sampling takes up to 2 % in 8,000 forwards."""
-    fixed = [rate(World(acceptance, seconds_per_row), Pacer(MENU), 8_000, fixed=index) for index in range(len(MENU))]
-    world = World(acceptance, seconds_per_row)
+# AR far ahead, just ahead, level; drafts just ahead, far ahead; rows for nothing.
+WORLDS = [(0.05, 0.02), (0.6, 0.45), (0.6, 0.3), (0.4, 0.1), (0.4, 0.0), (0.9, 0.02), (0.9, 1.0)]
+
+
+@pytest.mark.parametrize(("acceptance", "seconds_per_row"), WORLDS)
+def test_it_is_as_fast_as_the_best_fixed_method_and_as_ar(acceptance, seconds_per_row):
+    fixed = [rate(World(acceptance, seconds_per_row), Pacer(MENU), 2000, fixed=index) for index in range(len(MENU))]
+    world = World(acceptance, seconds_per_row, seed=1)
     pacer = timed(world)
-    rate(world, pacer, 2000)  # until it knows the acceptance
-    assert rate(world, pacer, 8_000) > 0.97 * max(fixed)
+    assert rate(world, pacer, 1000) > 0.97 * fixed[0]  # while it learns
+    assert rate(world, pacer, 4000) > 0.98 * max(fixed)
 
 
 def test_it_notices_that_drafts_have_become_better_while_it_ran_ar():
     world = World(0.02, 0.1)
     pacer = timed(world)
     rate(world, pacer, 4000)
-    assert pacer.choose(8) == 0
+    assert pacer.choose(WINDOWS) == 0
     world.acceptance = 0.95
-    rate(world, pacer, 30 * PROBE_EVERY)
-    assert MENU[pacer.choose(8)].num_masks == 3
+    rate(world, pacer, 60 * PROBE_EVERY)
+    assert MENU[pacer.choose(WINDOWS)].num_masks == 3
 
 
-def test_ar_is_left_for_probes_only_where_drafts_are_bad():
+def test_ar_is_seldom_left_where_drafts_are_bad():
     world = World(0.02, 0.1)
     pacer = timed(world)
     rate(world, pacer, 4000)
     chosen = []
-    for _ in range(8 * PROBE_EVERY):
-        chosen.append(pacer.choose(8))
+    num_probes = 4 * LONG_SHOT_EVERY
+    for _ in range(num_probes * PROBE_EVERY):
+        chosen.append(pacer.choose(WINDOWS))
         world.forward(pacer, chosen[-1])
-    assert 0 < sum(index != 0 for index in chosen) <= 8 * PROBE_FORWARDS
+    assert 0 < sum(index != 0 for index in chosen) <= num_probes // LONG_SHOT_EVERY * PROBE_FORWARDS
 
 
 def test_nothing_is_probed_that_could_not_win_with_perfect_drafts():
     world = World(0.02, 10.0)
     pacer = timed(world)
-    assert [pacer.could_win(8, index) for index in range(len(MENU))] == [True, *[False] * 5]
-    assert {pacer.choose(8) for _ in range(3 * PROBE_EVERY)} == {0}
+    assert [pacer.could_win(WINDOWS, index) for index in range(len(MENU))] == [True, *[False] * 5]
+    assert {pacer.choose(WINDOWS) for _ in range(3 * LONG_SHOT_EVERY * PROBE_EVERY)} == {0}
+
+
+def test_a_guess_is_not_enough_to_leave_ar():
+    """Seconds at rest say that two more rows cost a third more, and a guessed 0.7 of drafts would be accepted."""
+    pacer = Pacer(MENU)
+    for index in range(len(MENU)):
+        pacer.set_seconds(WINDOWS, index, 1.0 + 0.15 * (MENU[index].window_len - 1))
+    assert max(pacer.rates(WINDOWS).values(), key=lambda rate: rate.log).log > 0.1
+    assert pacer.choose(WINDOWS) == 0
+
+
+def test_a_probe_tells_what_a_method_takes():
+    """Timed at three fifths of what it takes, N=2 runs at first; then its steps are compared with AR's."""
+    world = World(0.6, 0.6)
+    pacer = timed(world, error=0.0)
+    pacer.set_seconds(WINDOWS, 1, 0.6 * world.seconds(1))
+    assert pacer.choose(WINDOWS) == 1
+    rate(world, pacer, 16 * PROBE_EVERY + 2 * PROBE_FORWARDS)
+    assert pacer.choose(WINDOWS) == 0
+    found = pacer.seconds(WINDOWS)
+    assert found[1] / found[0] == pytest.approx(world.seconds(1) / world.seconds(0), rel=0.1)
 
 
 def test_a_step_that_turns_out_slower_than_timed_is_left():
     world = World(0.9, 0.0)
     pacer = timed(world)
     rate(world, pacer, 1000)
-    first = pacer.choose(8)
-    for _ in range(100):
-        pacer.follow_seconds(8, first, 5.0)
-    assert first not in [pacer.choose(8) for _ in range(2 * CONSIDER_EVERY)][CONSIDER_EVERY:]
+    first = pacer.choose(WINDOWS)
+    for _ in range(20 * PROBE_EVERY):
+        index = pacer.choose(WINDOWS)
+        pacer.follow_seconds(WINDOWS, index, 5.0 if index == first else 1.0)
+    assert first not in [pacer.choose(WINDOWS) for _ in range(2 * CONSIDER_EVERY)][CONSIDER_EVERY:]
 
 
 def test_a_machine_that_slows_down_slows_all_methods_down():
-    pacer = timed(World(0.9, 0.0))
-    before = pacer.rates(8)
+    pacer = timed(World(0.9, 0.0), error=0.0)
+    before = pacer.seconds(WINDOWS)
     for _ in range(200):
-        pacer.follow_seconds(8, 3, 1.9)  # 1.0 before
-    after = pacer.rates(8)
-    # Of a slowdown by 90 %, a few per cent are held against the method that ran.
+        pacer.follow_seconds(WINDOWS, 3, 1.9)  # 1.0 before
+    after = pacer.seconds(WINDOWS)
+    assert after[3] == pytest.approx(1.9, rel=0.02)
     relative = [after[index] / before[index] for index in range(len(MENU))]
-    assert max(relative) < 0.6 and min(relative) > 0.92 * max(relative)
+    # Of a slowdown by 90 %, a few per cent are held against the method that ran.
+    assert min(relative) > 0.93 * max(relative)
 
 
-def test_one_hiccup_changes_little():
-    pacer = timed(World(0.9, 0.0))
-    before = pacer.rates(8)[3]
-    pacer.follow_seconds(8, 3, 1000.0)
-    assert pacer.rates(8)[3] > 0.95 * before
+def test_one_pause_changes_little():
+    pacer = timed(World(0.9, 0.0), error=0.0)
+    for _ in range(64):
+        pacer.follow_seconds(WINDOWS, 3, 1.0)
+    before = pacer.seconds(WINDOWS)[3]
+    for seconds in [1000.0] + [1.0] * 7:
+        pacer.follow_seconds(WINDOWS, 3, seconds)
+    assert pacer.seconds(WINDOWS)[3] < 1.01 * before
 
 
 def test_batch_sizes_have_their_own_times():

@@ -41,7 +41,7 @@ class Dice(Pacer):
         self.chosen: list[int] = []
         self.totals = np.zeros((2, 3), np.int64)
 
-    def choose(self, batch: int) -> int:
+    def choose(self, batch: int, forwards: int = 1) -> int:
         assert batch == 4
         self.chosen.append(EVERY_PAIR[len(self.chosen) % len(EVERY_PAIR)])
         return self.chosen[-1]
@@ -103,7 +103,7 @@ class Script(Pacer):
         self.set_seconds(4, choices[-1], 1.0)
         self.choices = list(choices)
 
-    def choose(self, batch: int) -> int:
+    def choose(self, batch: int, forwards: int = 1) -> int:
         return self.choices.pop(0) if len(self.choices) > 1 else self.choices[0]
 
 
