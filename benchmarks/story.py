@@ -136,12 +136,11 @@ def judge(base: idlm_jax.LanguageModel, prompts: list[list[int]], completions: l
     """Nats per token of the completions under the base model."""
     texts = np.array([[*prompt, *each.token_ids] for prompt, each in zip(prompts, completions, strict=True)], np.int32)
 
-    @jax.jit
-    def losses(tokens: jax.Array) -> jax.Array:
+    def losses(tokens: np.ndarray) -> np.ndarray:
         log_probs = jax.nn.log_softmax(base.logits(tokens[:, :-1]), axis=-1)
-        return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+        return np.asarray(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0])
 
-    return float(np.mean([np.asarray(losses(part))[:, PROMPT_TOKENS - 1 :] for part in np.split(texts, 4)]))
+    return float(np.mean([losses(part)[:, PROMPT_TOKENS - 1 :] for part in np.split(texts, 4)]))
 
 
 def agreement(lm: idlm_jax.LanguageModel, system: System) -> dict[str, float] | None:
