@@ -138,7 +138,7 @@ def judge(base: idlm_jax.LanguageModel, prompts: list[list[int]], completions: l
 
     def losses(tokens: np.ndarray) -> np.ndarray:
         log_probs = jax.nn.log_softmax(base.logits(tokens[:, :-1]), axis=-1)
-        return np.asarray(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0])
+        return -np.asarray(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0])
 
     return float(np.mean([losses(part)[:, PROMPT_TOKENS - 1 :] for part in np.split(texts, 4)]))
 
