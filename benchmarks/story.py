@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 import typer
 from flax import nnx
 
@@ -137,8 +137,8 @@ def judge(base: idlm_jax.LanguageModel, prompts: list[list[int]], completions: l
     texts = np.array([[*prompt, *each.token_ids] for prompt, each in zip(prompts, completions, strict=True)], np.int32)
 
     def losses(tokens: np.ndarray) -> np.ndarray:
-        log_probs = jax.nn.log_softmax(base.logits(tokens[:, :-1]), axis=-1)
-        return -np.asarray(jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0])
+        logits = base.logits(tokens[:, :-1])
+        return np.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
     return float(np.mean([losses(part)[:, PROMPT_TOKENS - 1 :] for part in np.split(texts, 4)]))
 

@@ -94,11 +94,9 @@ class Pacer:
             verified: drafts whose fate decided a token, by depth.
             accepted: how many of them were accepted, by depth.
         """
-        num_verified = sum(verified)
-        if num_verified:
-            kept = 0.5 ** (num_verified / HALF_LIFE)
-            self._verified[: len(verified)] = kept * self._verified[: len(verified)] + verified
-            self._accepted[: len(accepted)] = kept * self._accepted[: len(accepted)] + accepted
+        kept = 0.5 ** (sum(verified) / HALF_LIFE)
+        self._verified = kept * self._verified + verified
+        self._accepted = kept * self._accepted + accepted
         kept = 0.5 ** (forwards / HALF_LIFE)
         self._forwards[index] = self._forwards[index] * kept + forwards
         self._tokens[index] = self._tokens[index] * kept + tokens
@@ -110,10 +108,6 @@ class Pacer:
             before = (good + PRIOR_DRAFTS * before) / (seen + PRIOR_DRAFTS)
             found.append(before)
         return found
-
-    def tokens_per_forward(self, index: int) -> float:
-        """Expected of a method that runs for a while."""
-        return float(self._tokens_range(index)[1])
 
     def _tokens_range(self, index: int) -> np.ndarray:
         """Tokens per forward with acceptance a standard deviation lower, as it is, and as much higher."""
@@ -184,7 +178,7 @@ class Pacer:
         if current == 0:
             # AR says nothing of how good drafts would be.
             return next((index for index in others if self.could_win(batch, index)), None)
-        return 0 if 0 in rates else None
+        return 0
 
     def could_win(self, batch: int, index: int) -> bool:
         """Whether the method would beat AR at this batch size if all its drafts were accepted; true of AR itself."""

@@ -49,7 +49,7 @@ class StepTimes:
 
     def seconds(self, index: int) -> float:
         """Expected of the next forward."""
-        return float(np.exp(self._mean[0] + (self._mean[index] if index else 0.0)))
+        return float(np.exp(self._row(index) @ self._mean))
 
     def log_ratio(self, index: int) -> tuple[float, float]:
         """Mean and standard deviation of the logarithm of its seconds over those of the first method."""
@@ -62,14 +62,21 @@ class StepTimes:
         for each in self.timed:
             drift = RATIO_DRIFT**2 if each else MACHINE_DRIFT**2 * self._noise
             self._cov[each, each] += num * drift
-        gain = self._cov[:, 0] + (self._cov[:, index] if index else 0.0)
-        known = gain[0] + (gain[index] if index else 0.0)
+        row = self._row(index)
+        gain = self._cov @ row
+        known = row @ gain
         noise = self._noise / num
         error = np.sqrt(known + noise)
-        surprise = found - self._mean[0] - (self._mean[index] if index else 0.0)
+        surprise = found - row @ self._mean
         surprise = min(max(surprise, -FAR * error), FAR * error)
         self._mean += gain * (surprise / (known + noise))
         self._cov -= np.outer(gain, gain) / (known + noise)
         # What the estimate could not have known is noise; of `num` forwards, as the median has it.
         excess = num * max(surprise**2 - known, 0.0)
         self._noise = max(self._noise + FOLLOW_NOISE * (excess - self._noise), LEAST_NOISE**2)
+
+    def _row(self, index: int) -> np.ndarray:
+        """What of the state adds up to the logarithm of a method's seconds."""
+        row = np.zeros(len(self._mean))
+        row[[0, index]] = 1.0
+        return row
