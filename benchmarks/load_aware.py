@@ -4,7 +4,9 @@ python -m benchmarks.load_aware    # on two idle cores, half an hour -> benchmar
 
 One compiled device serves every method of the menu: "fixed" always chooses the same, "auto" as the server does, so that
 nothing differs but the choice. AR compiled by itself, without room for drafts, stands beside them. Callers wait for
-their answer and ask again. Methods take turns within a round, and rounds turn the order; ratios are taken in rounds.
+their answer and ask again. Completions differ in length, as they do in earnest: where all are as long, AR keeps the
+requests in step, and its batches full, as no method does whose tokens come in uneven portions (`--spread 0` shows it).
+Methods take turns within a round, and rounds turn the order; ratios are taken in rounds.
 Fixed methods that are far behind after a few rounds are not run in the others.
 """
 
@@ -32,6 +34,12 @@ RESULTS = Path("benchmarks/results/load_aware")
 AUTO, AR_ALONE = "auto", "AR, compiled alone"
 # After so many rounds, fixed methods slower than this against AR are out.
 TRIAL_ROUNDS, FAR_BEHIND = 3, 0.85
+PROMPT_LEN, MAX_LEN = 48, 192
+
+
+def num_requests(callers: int) -> int:
+    """Of one run: three for each caller, so that most of the time all of them wait for an answer."""
+    return max(16, 3 * callers)
 
 
 class Fixed(Pacer):
@@ -48,20 +56,20 @@ class Fixed(Pacer):
         """Nothing follows from it."""
 
 
-def run(engine: Engine, prompts: Sequence[list[int]], params: idlm_jax.SamplingParams, callers: int) -> float:
+def run(engine: Engine, requests: Sequence[tuple[list[int], idlm_jax.SamplingParams]], callers: int) -> float:
     """Tokens a second, from the first request to the last answer."""
     ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    waiting = list(reversed(prompts))
+    waiting = list(reversed(requests))
     start = time.perf_counter()
 
     def ask() -> None:
         engine.submit(
-            waiting.pop(), params, deliver=lambda piece: ended.put(True) if piece.finish_reason is not None else None
+            *waiting.pop(), deliver=lambda piece: ended.put(True) if piece.finish_reason is not None else None
         )
 
     for _ in range(min(callers, len(waiting))):
         ask()
-    for _ in range(len(prompts)):
+    for _ in range(len(requests)):
         ended.get()
         if waiting:
             ask()
@@ -74,9 +82,10 @@ def measure(
     dataset: Annotated[Path, typer.Option(help="With held-out prompts.")] = Path("runs/data/stdlib_256_lora"),
     callers: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16,32,64",
     max_stride: Annotated[int, typer.Option()] = 4,
-    max_tokens: Annotated[int, typer.Option()] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Of a completion, on average.")] = 64,
+    spread: Annotated[float, typer.Option(help="Lengths are within this share of it, evenly.", min=0, max=1)] = 0.75,
     temperature: Annotated[float, typer.Option()] = 0.0,
-    rounds: Annotated[int, typer.Option(help="Counted; one to warm up comes first.", min=3)] = 15,
+    rounds: Annotated[int, typer.Option(help="Counted; one to warm up comes first.", min=3)] = 11,
     name: Annotated[str, typer.Option(help="Of the result files.")] = "tiny-cpu",
 ) -> None:
     """Measures every method at every load, and writes the tables."""
@@ -86,7 +95,7 @@ def measure(
         method=idlm_jax.ISD(stride="auto", branches="auto", max_stride=max_stride),
         max_running=max(points),
         num_pages=max(points) * 4 + 1,
-        max_len=192,
+        max_len=MAX_LEN,
         prefill_shapes=((1, 64), (4, 64)),
         caches_prefixes=False,
     )
@@ -107,7 +116,7 @@ def measure(
     record: dict[str, Any] = {
         **provenance(
             f"python -m benchmarks.load_aware --callers {callers} --max-stride {max_stride} --max-tokens "
-            f"{max_tokens} --temperature {temperature:g} --rounds {rounds}"
+            f"{max_tokens} --spread {spread:g} --temperature {temperature:g} --rounds {rounds} --name {name}"
         ),
         "model": model,
         "adapter": str(adapter),
@@ -116,10 +125,13 @@ def measure(
         },
         "points": [],
     }
-    params = idlm_jax.SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
-    every = heldout_prompts(dataset, max(8, 2 * max(points)), 48)
+    every = heldout_prompts(dataset, num_requests(max(points)), PROMPT_LEN)
+    lengths = np.random.default_rng(0).uniform(1 - spread, 1 + spread, len(every)) * max_tokens
+    requests = [
+        (prompt, idlm_jax.SamplingParams(max_tokens=max(1, round(length)), temperature=temperature, ignore_eos=True))
+        for prompt, length in zip(every, lengths.tolist(), strict=True)
+    ]
     for count in tqdm(points, unit="load"):
-        prompts = every[: max(8, 2 * count)]
         speeds = np.full((rounds, len(names)), np.nan)
         chosen: dict[str, int] = {}
         for turn in range(-1, rounds):
@@ -132,7 +144,7 @@ def measure(
                 compiled, wanted = (ar_device, alone) if which == AR_ALONE else (device, config)
                 compiled.reset()
                 with Engine(lm, wanted, device=compiled, pacer=pacers[which]) as engine:
-                    speed = run(engine, prompts, params, count)
+                    speed = run(engine, requests[: num_requests(count)], count)
                     steps = engine.stats().num_decode_forwards_by_method
                 if turn >= 0:
                     speeds[turn, column] = speed
