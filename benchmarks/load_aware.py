@@ -39,7 +39,7 @@ PROMPT_LEN, MAX_LEN = 48, 192
 
 def num_requests(callers: int) -> int:
     """Of one run: three for each caller, so that most of the time all of them wait for an answer."""
-    return max(16, 3 * callers)
+    return max(32, 3 * callers)
 
 
 class Fixed(Pacer):

@@ -14,8 +14,7 @@ from pythonjsonlogger.json import JsonFormatter
 from tqdm import tqdm
 
 import idlm_jax
-from idlm_jax import cluster
-from idlm_jax.decoding.method import make_baseline, make_method, read_choice
+from idlm_jax import cluster, options
 from serve.config import EngineConfig
 from serve.device import Device
 from serve.engine import Engine
@@ -32,45 +31,27 @@ def serve(
     model_path: Annotated[
         str, typer.Option("--model-path", "--model", help="Hugging Face folder of a Qwen3 or I-DLM model, or a hub id.")
     ],
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
+    adapter: options.Adapter = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 30000,
     served_model_name: Annotated[str | None, typer.Option(help="By default the model's path as given.")] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(envvar="IDLM_API_KEY", help="Required of clients; may be given several times.")
     ] = None,
-    decoder: Annotated[
-        Literal["isd", "two-pass", "block-diffusion"],
-        typer.Option("--method", help="What decodes: introspective strided decoding, or what it is compared with."),
-    ] = "isd",
+    decoder: options.Decoder = "isd",
     stride: Annotated[
         str | None,
         typer.Option(help="Most tokens per forward, 1..16, default 4; 1 is plain AR; auto: chosen for each step."),
     ] = None,
-    max_stride: Annotated[int, typer.Option(help="The largest that --stride auto may choose, 2..16.")] = 4,
-    proposals: Annotated[
-        Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
-    ] = "sampled",
-    branches: Annotated[
-        str, typer.Option(help="Groups of MASKs per forward, 1..stride or auto: more rows, fewer forwards.")
-    ] = "1",
-    rule: Annotated[
-        Literal["exact", "coupled"],
-        typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted; always so where auto."),
-    ] = "exact",
-    block_length: Annotated[int, typer.Option(help="Block diffusion: tokens of a block, as trained.")] = 4,
-    threshold: Annotated[
-        float, typer.Option(help="Block diffusion: a MASK is filled at a probability above this; 1: by the share.")
-    ] = 0.9,
-    denoising_steps: Annotated[
-        int | None, typer.Option(help="Block diffusion: forwards that fill a block at the latest.", show_default="L")
-    ] = None,
-    edit_threshold: Annotated[
-        float | None, typer.Option(help="Block diffusion: a token gives way to one above this (LLaDA2.1).")
-    ] = None,
-    predicts_next: Annotated[
-        bool, typer.Option(help="Block diffusion: row i predicts token i + 1, as in models made from AR ones.")
-    ] = False,
+    max_stride: options.MaxStride = 4,
+    proposals: options.Proposals = "sampled",
+    branches: options.Branches = "1",
+    rule: options.Rule = "exact",
+    block_length: options.BlockLength = 4,
+    threshold: options.Threshold = 0.9,
+    denoising_steps: options.DenoisingSteps = None,
+    edit_threshold: options.EditThreshold = None,
+    predicts_next: options.PredictsNext = False,
     dllm_algorithm: Annotated[
         str | None, typer.Option(help=f"The reference server's flag; {ALGORITHM} is the one algorithm here.")
     ] = None,
@@ -124,14 +105,14 @@ def serve(
             help="Where compiled programs are kept for the next start. Default: ~/.cache/idlm-jax/compiled",
         ),
     ] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
+    dtype: options.Dtype = "bfloat16",
     quantization: Annotated[
         Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits (one device).")
     ] = None,
     deterministic: Annotated[
         Literal["bitwise"] | None, typer.Option(help="Bits that depend on neither stride nor load; one device; slower.")
     ] = None,
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    kernels: options.Kernels = "auto",
     coordinator: Annotated[
         str | None,
         typer.Option(
@@ -166,19 +147,18 @@ def serve(
         official_stride, defaults = read_official(dllm_algorithm_config)
     if None not in (stride, official_stride) and stride != str(official_stride):
         raise ValueError(f"--stride {stride} and the stride {official_stride} of {dllm_algorithm_config} differ")
-    chosen = read_choice("--stride", stride or str(official_stride or DEFAULT_STRIDE))
-    method = (
-        make_method(chosen, proposals, read_choice("--branches", branches), rule, max_stride)
-        if decoder == "isd"
-        else make_baseline(
-            decoder,
-            stride=chosen,
-            block_length=block_length,
-            threshold=threshold,
-            steps=denoising_steps,
-            edit_threshold=edit_threshold,
-            predicts_next=predicts_next,
-        )
+    method = options.chosen_method(
+        decoder,
+        stride=stride or str(official_stride or DEFAULT_STRIDE),
+        max_stride=max_stride,
+        proposals=proposals,
+        branches=branches,
+        rule=rule,
+        block_length=block_length,
+        threshold=threshold,
+        denoising_steps=denoising_steps,
+        edit_threshold=edit_threshold,
+        predicts_next=predicts_next,
     )
     if decoder == "block-diffusion":
         extras, max_logprobs = False, -1  # which need to know what stands before a token

@@ -24,6 +24,7 @@ HEIGHT = {
     "idlm_jax.decoding": 4,
     "idlm_jax.evaluation": 0,  # asks servers, and knows no model
     "idlm_jax": 5,
+    "idlm_jax.options": 5,  # of command lines: those of idlm and of the server
     "train": 6,
     "serve": 6,
     "idlm_jax.cli": 7,

@@ -1,20 +1,21 @@
 """`idlm continue`: a model's own continuations of the documents of a dataset."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 import idlm_jax
+from idlm_jax import options
 from idlm_jax.cli.checkout import import_from_checkout
-from idlm_jax.decoding.method import make_method
+from idlm_jax.decoding.method import ISD
 
 
 def continue_documents(
     dataset: Annotated[Path, typer.Argument(help="Folder written by `idlm pack`; its train side is read.")],
     out: Annotated[Path, typer.Argument(help="JSONL to write; the same command again continues it.")],
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
+    adapter: options.Adapter = None,
     stride: Annotated[int, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR.")] = 4,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens kept of each document.", min=1)] = 32,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one continuation.", min=1)] = 224,
@@ -22,8 +23,8 @@ def continue_documents(
     seed: Annotated[int, typer.Option(help="Every continuation's own seed follows from this and its line.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Continue the first so many documents only.")] = None,
     batch_size: Annotated[int, typer.Option(help="Documents per compiled loop.", min=1)] = 64,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    dtype: options.Dtype = "bfloat16",
+    kernels: options.Kernels = "auto",
 ) -> None:
     """Keeps the first tokens of every document and lets the model go on: training text that it would have decoded.
 
@@ -47,7 +48,7 @@ def continue_documents(
         out,
         settings,
         lm=idlm_jax.load(model, dtype=dtype, adapter=adapter, kernels=kernels),
-        method=make_method(stride, "sampled"),
+        method=ISD(stride),
         limit=limit,
         batch_size=batch_size,
         show_progress=True,

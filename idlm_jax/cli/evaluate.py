@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 import idlm_jax
+from idlm_jax import options
 from idlm_jax.cli.checkout import import_from_checkout
 from idlm_jax.cli.tables import method_table
 from idlm_jax.decoding.compare import MethodReport, compare_methods
@@ -18,7 +19,7 @@ from idlm_jax.model.language_model import LanguageModel
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder of a Qwen3 or I-DLM checkpoint, or a hub id.")],
     dataset: Annotated[Path, typer.Argument(help="Folder written by `idlm pack`.")],
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
+    adapter: options.Adapter = None,
     strides: Annotated[str, typer.Option(help="Strides to decode with, comma-separated.")] = "2,3,4,8",
     branches: Annotated[
         str, typer.Option(help="Groups of MASKs per forward, comma-separated; 'full' is one behind every prefix.")
@@ -30,11 +31,9 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="Requests per compiled loop.")] = 16,
     rounds: Annotated[int, typer.Option(help="Timed repetitions; the median counts.", min=1)] = 1,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "float32",
-    quantize: Annotated[
-        Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits.")
-    ] = None,
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    dtype: options.Dtype = "float32",
+    quantize: options.Quantize = None,
+    kernels: options.Kernels = "auto",
     output: Annotated[Path | None, typer.Option(help="Also write everything as JSON here.")] = None,
 ) -> None:
     """Measures a checkpoint: held-out loss, acceptance by depth, and TPF of ISD against AR.

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import idlm_jax
-from idlm_jax.decoding.method import make_baseline, make_method, read_choice
+from idlm_jax import options
 
 
 def generate(
@@ -19,49 +18,27 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Texts to complete; '-' or none reads standard input.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
-    decoder: Annotated[
-        Literal["isd", "two-pass", "block-diffusion"],
-        typer.Option("--method", help="What decodes: introspective strided decoding, or what it is compared with."),
-    ] = "isd",
-    stride: Annotated[
-        str, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR; auto: chosen while it runs.")
-    ] = "4",
-    max_stride: Annotated[int, typer.Option(help="The largest that --stride auto may choose, 2..16.")] = 4,
-    proposals: Annotated[
-        Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
-    ] = "sampled",
-    branches: Annotated[
-        str, typer.Option(help="Groups of MASKs per forward, 1..stride or auto: more rows, fewer forwards.")
-    ] = "1",
-    rule: Annotated[
-        Literal["exact", "coupled"],
-        typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted; always so where auto."),
-    ] = "exact",
-    block_length: Annotated[int, typer.Option(help="Block diffusion: tokens of a block, as trained.")] = 4,
-    threshold: Annotated[
-        float, typer.Option(help="Block diffusion: a MASK is filled at a probability above this; 1: by the share.")
-    ] = 0.9,
-    denoising_steps: Annotated[
-        int | None, typer.Option(help="Block diffusion: forwards that fill a block at the latest.", show_default="L")
-    ] = None,
-    edit_threshold: Annotated[
-        float | None, typer.Option(help="Block diffusion: a token gives way to one above this (LLaDA2.1).")
-    ] = None,
-    predicts_next: Annotated[
-        bool, typer.Option(help="Block diffusion: row i predicts token i + 1, as in models made from AR ones.")
-    ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
+    adapter: options.Adapter = None,
+    decoder: options.Decoder = "isd",
+    stride: options.Stride = "4",
+    max_stride: options.MaxStride = 4,
+    proposals: options.Proposals = "sampled",
+    branches: options.Branches = "1",
+    rule: options.Rule = "exact",
+    block_length: options.BlockLength = 4,
+    threshold: options.Threshold = 0.9,
+    denoising_steps: options.DenoisingSteps = None,
+    edit_threshold: options.EditThreshold = None,
+    predicts_next: options.PredictsNext = False,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt; the next ones count up.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap each prompt as a user turn in the model's chat template.")] = False,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
-    quantize: Annotated[
-        Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits.")
-    ] = None,
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    dtype: options.Dtype = "bfloat16",
+    quantize: options.Quantize = None,
+    kernels: options.Kernels = "auto",
     deterministic: Annotated[
         Literal["bitwise"] | None, typer.Option(help="Bits that depend on neither stride nor batch; slower.")
     ] = None,
@@ -81,19 +58,18 @@ def generate(
         texts = [
             str(lm.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns
         ]
-    chosen = read_choice("--stride", stride)
-    method = (
-        make_method(chosen, proposals, read_choice("--branches", branches), rule, max_stride)
-        if decoder == "isd"
-        else make_baseline(
-            decoder,
-            stride=chosen,
-            block_length=block_length,
-            threshold=threshold,
-            steps=denoising_steps,
-            edit_threshold=edit_threshold,
-            predicts_next=predicts_next,
-        )
+    method = options.chosen_method(
+        decoder,
+        stride=stride,
+        max_stride=max_stride,
+        proposals=proposals,
+        branches=branches,
+        rule=rule,
+        block_length=block_length,
+        threshold=threshold,
+        denoising_steps=denoising_steps,
+        edit_threshold=edit_threshold,
+        predicts_next=predicts_next,
     )
     params = [
         idlm_jax.SamplingParams(

@@ -6,19 +6,20 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 import idlm_jax
+from idlm_jax import options
 from idlm_jax.cli.checkout import import_from_checkout
 from idlm_jax.cli.consistency_plot import plot_consistency
 from idlm_jax.cli.consistency_report import as_json, as_markdown, consistency_tables, heldout_table
 from idlm_jax.cli.domains import named_paths, read_prompt_file, rendered, spread
 from idlm_jax.cli.evaluate import heldout_means
 from idlm_jax.cli.provenance import provenance
-from idlm_jax.decoding.method import ISD, Method, TwoPass
+from idlm_jax.decoding.method import ISD, BlockDiffusion, Method, TwoPass
 
 Item = TypeVar("Item")
 
@@ -40,7 +41,7 @@ def measure(
         list[str] | None,
         typer.Option(help="[NAME=]FOLDER written by `idlm pack`: its held-out rows are a domain, and give the losses."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
+    adapter: options.Adapter = None,
     strides: Annotated[str, typer.Option(help="Strides, 2..16, comma-separated. AR is always measured.")] = "2,4",
     branches: Annotated[
         str, typer.Option(help="Groups of MASKs per forward, comma-separated; 'full' is one behind every prefix.")
@@ -53,12 +54,18 @@ def measure(
     two_pass: Annotated[
         bool, typer.Option("--two-pass", help="Also draft and verify in forwards of their own, at each stride.")
     ] = False,
+    block_diffusion: Annotated[
+        str | None,
+        typer.Option(help="Also block diffusion, at these thresholds, comma-separated; 1 fills one MASK a forward."),
+    ] = None,
+    diffusion_block: options.BlockLength = 4,
+    predicts_next: options.PredictsNext = False,
     temperatures: Annotated[str, typer.Option(help="Comma-separated; 0 is greedy.")] = "0,1",
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
     num_prompts: Annotated[int, typer.Option(help="Most prompts of each domain, spread evenly.", min=2)] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt from a dataset.", min=1)] = 48,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 96,
+    max_tokens: options.MaxTokens = 96,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Generate all of them, past the text's end.")
     ] = False,
@@ -71,11 +78,9 @@ def measure(
         int | None, typer.Option(help="Most batches of 8 held-out rows for the losses; by default all.", min=1)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Requests per compiled loop.", min=1)] = 64,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "float32",
-    quantize: Annotated[
-        Literal["int8", "fp8"] | None, typer.Option(help="Hold the blocks' projections in 8 bits.")
-    ] = None,
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    dtype: options.Dtype = "float32",
+    quantize: options.Quantize = None,
+    kernels: options.Kernels = "auto",
     output: Annotated[Path | None, typer.Option(help="Also write every figure as JSON here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw acceptance and TPF here (.png, .svg, .pdf).")] = None,
@@ -89,7 +94,11 @@ def measure(
 
     Example: idlm measure Qwen3-8B --adapter I-DLM-8B-lora --prompts code=code.jsonl --prompts chat=chat.jsonl
     """
-    methods = _methods(strides, branches, rules, proposals, two_pass=two_pass)
+    drafting = _methods(strides, branches, rules, proposals, two_pass=two_pass)
+    thresholds = _items("--block-diffusion", block_diffusion, float) if block_diffusion is not None else []
+    methods = drafting + [
+        BlockDiffusion(diffusion_block, threshold, predicts_next=predicts_next) for threshold in thresholds
+    ]
     sampling = idlm_jax.SamplingParams(
         max_tokens=max_tokens, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos
     )
@@ -121,7 +130,7 @@ def measure(
         batch_size=batch_size,
         show_progress=True,
     )
-    length = block_length or max(method.num_masks for method in methods)
+    length = block_length or max(method.num_masks for method in drafting)
     heldout = {
         name: heldout_means(lm, path, block_length=length, limit=heldout_batches) for name, path in folders.items()
     }

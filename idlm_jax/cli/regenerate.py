@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 import idlm_jax
+from idlm_jax import options
 from idlm_jax.cli.checkout import import_from_checkout
-from idlm_jax.decoding.method import make_method
+from idlm_jax.decoding.method import ISD
 
 
 def regenerate(
@@ -24,7 +25,7 @@ def regenerate(
             help="OpenAI-compatible server, as in http://localhost:8000/v1; the key is read from OPENAI_API_KEY."
         ),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD).")] = None,
+    adapter: options.Adapter = None,
     stride: Annotated[int, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of one answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -37,8 +38,8 @@ def regenerate(
     batch_size: Annotated[int, typer.Option(help="Chats per compiled loop.", min=1)] = 16,
     threads: Annotated[int, typer.Option(help="Chats asked of the endpoint at a time.", min=1)] = 16,
     retries: Annotated[int, typer.Option(help="Repetitions of a failed request, after 1, 2, 4, ... s.", min=0)] = 5,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    dtype: options.Dtype = "bfloat16",
+    kernels: options.Kernels = "auto",
 ) -> None:
     """Replaces the answers of chats by the model's own, which is what introspective training should imitate.
 
@@ -72,9 +73,7 @@ def regenerate(
     else:
         module.read_chats(source)  # a broken line is named before minutes of loading
         lm = idlm_jax.load(model, dtype=dtype, adapter=adapter, kernels=kernels)
-        answer = functools.partial(
-            answerers.answer_with_model, lm=lm, method=make_method(stride, "sampled"), batch_size=batch_size
-        )
+        answer = functools.partial(answerers.answer_with_model, lm=lm, method=ISD(stride), batch_size=batch_size)
     report = module.regenerate(source, out, answer, settings, limit=limit, show_progress=True)
     _print_report(out, report)
     if module.FAILED in report.reasons:

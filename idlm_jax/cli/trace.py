@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,9 +11,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 import idlm_jax
+from idlm_jax import options
 from idlm_jax.cli.checkout import CHECKOUT
 from idlm_jax.cli.plots import plot_trace
-from idlm_jax.decoding.method import Method, make_method, method_name, read_choice
+from idlm_jax.decoding.method import Method, method_name
 from idlm_jax.decoding.trace import Forward, Source, token_texts
 
 COLOURS = ("cyan", "yellow", "magenta", "green")  # of one forward and the next
@@ -29,27 +30,24 @@ def trace(
     adapter: Annotated[
         Path | None, typer.Option(help="Folder of a gated LoRA adapter (R-ISD); by default the tiny model's own.")
     ] = None,
-    stride: Annotated[
-        str, typer.Option(help="Most tokens per forward, 1..16; 1 is plain AR; auto: chosen while it runs.")
-    ] = "4",
-    max_stride: Annotated[int, typer.Option(help="The largest that --stride auto may choose, 2..16.")] = 4,
-    proposals: Annotated[
-        Literal["sampled", "argmax"], typer.Option(help="How drafts are taken; both are exact.")
-    ] = "sampled",
-    branches: Annotated[
-        str, typer.Option(help="Groups of MASKs per forward, 1..stride or auto: more rows, fewer forwards.")
-    ] = "1",
-    rule: Annotated[
-        Literal["exact", "coupled"],
-        typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted."),
-    ] = "exact",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 48,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 1.0,
+    decoder: options.Decoder = "isd",
+    stride: options.Stride = "4",
+    max_stride: options.MaxStride = 4,
+    proposals: options.Proposals = "sampled",
+    branches: options.Branches = "1",
+    rule: options.Rule = "exact",
+    block_length: options.BlockLength = 4,
+    threshold: options.Threshold = 0.9,
+    denoising_steps: options.DenoisingSteps = None,
+    edit_threshold: options.EditThreshold = None,
+    predicts_next: options.PredictsNext = False,
+    max_tokens: options.MaxTokens = 48,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and matrix products.")] = "bfloat16",
-    kernels: Annotated[str, typer.Option(help="auto (by device), reference, triton, tpu, jax_triton.")] = "auto",
+    dtype: options.Dtype = "bfloat16",
+    kernels: options.Kernels = "auto",
     output: Annotated[Path | None, typer.Option(help="Draw it to this .svg or .png file as well.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per forward, and nothing else.")] = False,
 ) -> None:
@@ -57,14 +55,25 @@ def trace(
 
     A forward commits the drafts that it accepts and one token more: a bonus when all were accepted, a correction in
     place of the first refused. A forward behind a refusal has nothing to verify (a cold start) unless --branches has
-    drafted for that case. Where the terminal has no colours, | stands between forwards.
+    drafted for that case. Block diffusion commits a block once it is full, and nothing before. Where the terminal has
+    no colours, | stands between forwards.
 
     Example: idlm trace 'for name in sorted(' --branches 4 --output trace.svg
     """
     if output is not None and output.suffix not in PICTURES:
         raise ValueError(f"--output {output} must end in {' or '.join(PICTURES)}")
-    method = make_method(
-        read_choice("--stride", stride), proposals, read_choice("--branches", branches), rule, max_stride
+    method = options.chosen_method(
+        decoder,
+        stride=stride,
+        max_stride=max_stride,
+        proposals=proposals,
+        branches=branches,
+        rule=rule,
+        block_length=block_length,
+        threshold=threshold,
+        denoising_steps=denoising_steps,
+        edit_threshold=edit_threshold,
+        predicts_next=predicts_next,
     )
     params = idlm_jax.SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed

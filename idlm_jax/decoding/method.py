@@ -132,59 +132,6 @@ def check_mask_id(method: Method, mask_token_id: int | None) -> None:
         )
 
 
-def make_method(
-    stride: int | Choice,
-    proposals: Literal["sampled", "argmax"],
-    branches: int | Choice = 1,
-    rule: Literal["exact", "coupled", "official"] = "exact",
-    max_stride: int = 4,
-) -> Method:
-    """AR for stride 1, else ISD.
-
-    Raises:
-        ValueError: as `ISD`.
-    """
-    if stride == 1 and branches == 1:
-        return AR()
-    return ISD(stride=stride, proposals=proposals, branches=branches, rule=rule, max_stride=max_stride)
-
-
-def make_baseline(
-    kind: Literal["two-pass", "block-diffusion"],
-    *,
-    stride: int | Choice,
-    block_length: int,
-    threshold: float,
-    steps: int | None,
-    edit_threshold: float | None,
-    predicts_next: bool,
-) -> Method:
-    """What ISD is compared with; `stride` is read for "two-pass", the rest for "block-diffusion".
-
-    Raises:
-        ValueError: as the method's class.
-    """
-    if kind == "block-diffusion":
-        return BlockDiffusion(block_length, threshold, steps, edit_threshold, predicts_next=predicts_next)
-    if stride == "auto":
-        raise ValueError("two-pass decoding has one stride: 'auto' chooses among those of ISD")
-    return TwoPass(stride)
-
-
-def read_choice(name: str, text: str) -> int | Choice:
-    """A number or "auto", as a flag of that name was given.
-
-    Raises:
-        ValueError: neither.
-    """
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{name} {text} is neither a number nor auto") from None
-
-
 def method_name(method: Method) -> str:
     """Short name for tables and plots."""
     match method:

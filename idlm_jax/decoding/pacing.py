@@ -51,6 +51,9 @@ class Pacer:
         most = max(method.num_masks for method in self.menu)
         self._verified, self._accepted = np.zeros(most), np.zeros(most)
         self._forwards, self._tokens = [0.0] * len(self.menu), [0.0] * len(self.menu)
+        # By method: a chain's tokens per forward, until more is known of acceptance. AR says nothing of it, and a look at
+        # the rates would take half a millisecond of the host, which a small model's steps take as well.
+        self._expected: dict[int, np.ndarray] = {}
         self._times: dict[int, StepTimes] = {}
         self._current: dict[int, int] = {}
         self._num_chosen = self._num_probes = self._probe_left = 0
@@ -94,9 +97,11 @@ class Pacer:
             verified: drafts whose fate decided a token, by depth.
             accepted: how many of them were accepted, by depth.
         """
-        kept = 0.5 ** (sum(verified) / HALF_LIFE)
-        self._verified = kept * self._verified + verified
-        self._accepted = kept * self._accepted + accepted
+        if any(verified):
+            kept = 0.5 ** (sum(verified) / HALF_LIFE)
+            self._verified = kept * self._verified + verified
+            self._accepted = kept * self._accepted + accepted
+            self._expected.clear()
         kept = 0.5 ** (forwards / HALF_LIFE)
         self._forwards[index] = self._forwards[index] * kept + forwards
         self._tokens[index] = self._tokens[index] * kept + tokens
@@ -111,12 +116,16 @@ class Pacer:
 
     def _tokens_range(self, index: int) -> np.ndarray:
         """Tokens per forward with acceptance a standard deviation lower, as it is, and as much higher."""
-        method = self.menu[index]
+        if index not in self._expected:
+            self._expected[index] = self._expect(self.menu[index])
+        found = self._tokens[index] + PRIOR_FORWARDS * self._expected[index]
+        return found / (self._forwards[index] + PRIOR_FORWARDS)
+
+    def _expect(self, method: Method) -> np.ndarray:
         mean = np.array(self.acceptance()[: method.num_masks])
         error = np.sqrt(mean * (1 - mean) / (self._verified[: method.num_masks] + PRIOR_DRAFTS + 1))
         acceptance = np.clip(np.stack([mean - error, mean, mean + error]), 0.0, 1.0)
-        expected = PRIOR_FORWARDS * tokens_per_forward(chain_of(acceptance, int(method.branches)))
-        return (self._tokens[index] + expected) / (self._forwards[index] + PRIOR_FORWARDS)
+        return tokens_per_forward(chain_of(acceptance, int(method.branches)))
 
     def rates(self, batch: int) -> dict[int, Rate]:
         """By method, as far as they are timed at this batch size.

@@ -10,6 +10,8 @@ Kalman filter over
 so that what is learnt of a ratio comes from the moments at which the method changes.
 """
 
+import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,7 +60,7 @@ class StepTimes:
     def follow(self, index: int, seconds: Sequence[float]) -> None:
         """Takes note of forwards in a row, all of one method; their median counts."""
         num = len(seconds)
-        found = float(np.log(np.median(seconds)))
+        found = math.log(statistics.median(seconds))
         for each in self.timed:
             drift = RATIO_DRIFT**2 if each else MACHINE_DRIFT**2 * self._noise
             self._cov[each, each] += num * drift

@@ -41,7 +41,7 @@ def test_python_blocks_compile():
         (["python", "-m", "train", "configs/tiny_ar_cpu.yaml", "stepz=5"], "stepz"),
         (["python", "-m", "train", "configs/tiny_ar_cpu.yaml", "--plans"], "unrecognized arguments"),
         (["python", "-m", "train", "configs/none.yaml"], "no such file"),
-        (["python", "-m", "benchmarks.report", "--fast"], "takes no arguments"),
+        (["python", "-m", "benchmarks.compiled", "--fast"], "takes no arguments"),
         (["benchmarks/device/run.sh", "kernel"], "invalid choice"),
         (["make", "tests"], "no such target"),
         (["pip", "install", ".[gpus]"], "no such extra"),
