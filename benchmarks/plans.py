@@ -16,6 +16,19 @@ from train.plan import Plan, make_plan
 
 RESULT = Path("benchmarks/results/plans.md")
 LORA = ["lora.rank=128", "lora.alpha=256", "param_dtype=bfloat16", "learning_rate=2e-4", "curriculum=[]"]
+# One row of 4,096 tokens a device, until a step has 4 million tokens; then fewer rows than devices, each cut over four.
+ROWS = "gradient_accumulation_steps=1 batch_size="
+SCALING: list[tuple[str, str, list[str]]] = [
+    (config, target, f"{ROWS}{rows} {more}".split())
+    for config in ("qwen3_8b", "qwen3_32b")
+    for target, rows, more in (
+        ("h200x64", 64, ""),
+        ("h200x512", 512, "mesh.data=8"),
+        ("h200x4096", 1024, "mesh.data=16 mesh.context=4"),
+        ("v5p-1024", 512, "mesh.data=4"),
+        ("v5p-8192", 1024, "mesh.data=8 mesh.context=4"),
+    )
+]
 # config, target, overrides
 PLANS: list[tuple[str, str, list[str]]] = [
     ("qwen3_0p6b", "h100x1", ["gradient_accumulation_steps=8"]),
@@ -40,17 +53,19 @@ PLANS: list[tuple[str, str, list[str]]] = [
     ("qwen3_32b", "h200x8", []),
     ("qwen3_32b", "h100x16", ["gradient_accumulation_steps=2"]),
     ("qwen3_32b", "v5p-128", ["gradient_accumulation_steps=1", "mesh.tensor=2"]),
+    *SCALING,
 ]
 HEADER = """\
 # Plans
 
 Compiled for devices that were not there (`make plans`); nothing ran. GB a device are the compiler's account of a step
-(activations with gradients);
-"at best" is arithmetic at the published bfloat16 peak, recomputation included, or the links, whichever is longer; a
-full row counts as one document.
+(the rest: gradients, activations). "sent" is what a device sends in a step if every collective is a ring, read from the
+compiled program with its loops. "compute" is arithmetic at the published bfloat16 peak, recomputation included; "links"
+is what is sent at the peak of the interconnect, of GPUs NVLink, so
+across their hosts it takes longer. A full row counts as one document.
 
-| config | target | overrides | mesh | parameters | optimizer | activations | of memory | at best | 40 % MFU | |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| config | target | overrides | mesh | parameters | optimizer | rest | memory | sent | compute | links | 40% MFU | |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -69,7 +84,7 @@ def main() -> int:
             lines[key] = _line(plan)
         except (RuntimeError, ValueError) as error:
             is_good = False
-            lines[key] = f" failed: {str(error).splitlines()[0][:160]} ||||||||"
+            lines[key] = f" failed: {str(error).splitlines()[0][:160]} ||||||||||"
         print(key, lines[key], flush=True)
         _write(lines)
     return not is_good
@@ -82,7 +97,10 @@ def _line(plan: Plan) -> str:
     share = plan.bytes_per_device / plan.device.memory
     verdict = "fits" if plan.fits else "**does not fit**"
     at_40 = plan.seconds_at(0.4)
-    return f" {mesh} | {' | '.join(parts)} | {share:.0%} | {plan.bound_s:.3g} s | {at_40:.3g} s | {verdict} |"
+    return (
+        f" {mesh} | {' | '.join(parts)} | {share:.0%} | {plan.sent_bytes / 1e9:.2f} GB | "
+        f"{plan.compute_s:.3g} s | {plan.links_s:.3g} s | {at_40:.3g} s | {verdict} |"
+    )
 
 
 def _read() -> dict[str, str]:

@@ -18,6 +18,7 @@ from idlm_jax.config import ModelConfig, from_hf_config
 from idlm_jax.deviceless import compile_for
 from idlm_jax.qwen3_sizes import QWEN3_SIZES
 from pallas_kernels.bodies import choose_kernels
+from train.collectives import sent_bytes
 from train.config import TrainConfig
 from train.data import read_report
 from train.flops import full_rows, recomputed_flops, step_flops
@@ -47,7 +48,7 @@ class Plan:
         device: limits of one device; None when they are not known.
         flops: of one step over all devices (`train.flops`).
         recomputed: run again on top of that, for `remat`.
-        sent_bytes: that a device sends in a step: weights gathered for both passes, gradients reduced.
+        sent: bytes that a device sends in a step, by kind of collective (`train.collectives`).
         tokens: data tokens of one step, full rows.
         row_len: of one row.
     """
@@ -62,13 +63,17 @@ class Plan:
     device: Device | None
     flops: float
     recomputed: float
-    sent_bytes: float
+    sent: dict[str, float]
     tokens: int
     row_len: int
 
     @property
     def bytes_per_device(self) -> int:
         return self.param_bytes + self.optimizer_bytes + self.temporary_bytes
+
+    @property
+    def sent_bytes(self) -> float:
+        return sum(self.sent.values())
 
     @property
     def fits(self) -> bool:
@@ -86,7 +91,7 @@ class Plan:
 
     @property
     def links_s(self) -> float:
-        """Seconds that weights and gradients spend on the interconnect at its peak."""
+        """Seconds that what is sent spends on the interconnect at its peak."""
         return self.sent_bytes / self.device.link if self.device else 0.0
 
     @property
@@ -152,7 +157,7 @@ def make_plan(config: TrainConfig, target: str | None = None) -> Plan:
         device=device,
         flops=step_flops(model, work, is_ar=is_ar, has_divergence=span.has_divergence),
         recomputed=recomputed_flops(model, work, is_ar=is_ar),
-        sent_bytes=_sent_bytes(config, model, state, mesh.shape),
+        sent=sent_bytes(compiled.as_text() or ""),
         tokens=tokens,
         row_len=row_len,
     )
@@ -171,12 +176,14 @@ def describe(plan: Plan, config: TrainConfig) -> Iterator[str]:
         f"a step     {plan.tokens:,} tokens ({config.batch_size} full rows of {plan.row_len}), {plan.flops:.3g} FLOP"
         + (f" and {plan.recomputed:.3g} again for remat={config.remat}" if plan.recomputed else "")
     )
+    sent = ", ".join(f"{kind} {size / giga:.2f} GB" for kind, size in plan.sent.items())
+    yield f"it sends   {plan.sent_bytes / giga:.2f} GB a device: {sent or 'nothing'}"
     if plan.device is None:
         yield "limits     unknown for these devices: no times, no verdict on memory"
         return
     yield (
         f"at best    {plan.bound_s:.3g} s a step: {plan.compute_s:.3g} s of arithmetic at peak, "
-        f"{plan.links_s:.3g} s of weights and gradients over links, overlapped; "
+        f"{plan.links_s:.3g} s over links, overlapped; "
         f"{plan.tokens / plan.bound_s:,.0f} tokens/s"
     )
     at_40 = plan.seconds_at(0.4)
@@ -227,13 +234,3 @@ def _held(tree: Any) -> int:
 
 def _count(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-
-
-def _sent_bytes(config: TrainConfig, model: ModelConfig, state: TrainState, mesh: Any) -> float:
-    """Weights are gathered for the forward and for the backward pass, gradients reduced; a ring sends (n - 1) / n."""
-    cut = mesh["fsdp"] * mesh["context"]
-    parts = config.gradient_accumulation_steps
-    weights = _count((state.params, state.frozen)) * model.compute.itemsize / mesh["tensor"]
-    gradients = _count(state.params) * 4 / mesh["tensor"]
-    gathered = (2 * parts * weights + parts * gradients) * (cut - 1) / cut
-    return gathered + 2 * gradients / cut * (mesh["data"] - 1) / mesh["data"]
