@@ -7,7 +7,7 @@ scattered or exchanged, twice that of what is reduced everywhere. Loops count as
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 ITEMSIZE = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2} | {
     f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
@@ -18,12 +18,17 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 # A layout such as {1,0:T(8,128)} stands between a shape and the operation.
 _OPERATION = re.compile(r" = (.+?)\s([a-z][a-z0-9\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|body|to_apply|called_computations)=\{?(%?[\w.\-]+(?:, ?%?[\w.\-]+)*)")
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?(%?[\w.\-]+(?:, ?%?[\w.\-]+)*)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{|true_computation=|false_computation=)([%\w.\-, ]+)")
 _PARTITIONS = re.compile(r"^HloModule .*num_partitions=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"(%\S+) = s32\[\]\S* constant\((\d+)\)")
+_CONDITION, _BODY = (re.compile(rf"\b{part}=%?([\w.\-]+)") for part in ("condition", "body"))
+_NAME = re.compile(r"%[\w.\-]+")
+_LESS = re.compile(r"compare\((%[\w.\-]+), (%[\w.\-]+)\), direction=LT")
+_ELEMENT = re.compile(r"(%[\w.\-]+) = [su]32\[\]\S* get-tuple-element\(.*?\), index=(\d+)")
+_ADD = re.compile(r"(%[\w.\-]+) = [su]32\[\]\S* add\((%[\w.\-]+), (%[\w.\-]+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONSTANT = re.compile(r"(%\S+) = [su]32\[\]\S* constant\((\d+)\)")
 # {{0,1},{2,3}}, [2,2]<=[4], or axes of a mesh: mesh['data'=2,'fsdp'=2] {'fsdp'}. {} is everyone.
 _GROUPS = re.compile(
     r"replica_groups=(?:\{\{(?P<first>[\d,]+)\}|\[\d+,(?P<size>\d+)\]<="
@@ -40,30 +45,58 @@ def sent_bytes(hlo: str) -> dict[str, float]:
     Raises:
         ValueError: a loop that the compiler does not know the length of communicates.
     """
-    computations, entry = _computations(hlo)
-    partitions = _PARTITIONS.search(hlo)
-    everyone = int(partitions[1]) if partitions else 1
-    known: dict[str, dict[str, float]] = {}
+    return _Program(hlo).sent()
 
-    def count(name: str) -> dict[str, float]:
-        if name not in known:
+
+class _Program:
+    """Computations by name, as lines of text."""
+
+    def __init__(self, hlo: str):
+        self._lines, self._entry = _computations(hlo)
+        partitions = _PARTITIONS.search(hlo)
+        self._num_devices = int(partitions[1]) if partitions else 1
+        self._sent: dict[str, dict[str, float]] = {}
+
+    def sent(self, name: str | None = None) -> dict[str, float]:
+        """By kind, of one run of the computation; of the program, if it is not named."""
+        name = self._entry if name is None else name
+        if name not in self._sent:
             total: dict[str, float] = defaultdict(float)
-            for line in computations.get(name, []):
-                for called, times in _calls(line, computations):
-                    inside = count(called)
-                    if times is None and inside:
-                        raise ValueError(f"how often the loop {called} runs is unknown, and it has {dict(inside)}")
-                    for kind, size in inside.items():
-                        total[kind] += size * (times or 1)
-                sent = _sent(line, everyone)
-                if sent is not None:
-                    total[sent[0]] += sent[1]
-            if name.startswith("all-reduce-scatter"):  # as TPUs write it: a sum of which each keeps a part
-                total = {"reduce-scatter": total["all-reduce"] / 2}
-            known[name] = total
-        return known[name]
+            for kind, size in self._alone(name):
+                total[kind] += size
+            for line in self._flat(name):
+                if _is_loop(line):
+                    for kind, size in self._of_loop(line).items():
+                        total[kind] += size
+            self._sent[name] = dict(sorted(total.items()))
+        return self._sent[name]
 
-    return dict(sorted(count(entry).items()))
+    def _of_loop(self, line: str) -> dict[str, float]:
+        body = _BODY.search(line)
+        inside = self.sent(body[1]) if body else {}
+        times = _trips(line, self._lines) if inside else 0
+        if times is None:
+            raise ValueError(f"how often the loop runs is unknown, and it sends {inside}: {line.strip()[:80]}")
+        return {kind: times * size for kind, size in inside.items()}
+
+    def _alone(self, name: str) -> Collection[tuple[str, float]]:
+        """Of the computation without its loops. TPUs start, continue and end a collective in fusions of one channel."""
+        own = set(self._lines.get(name, []))
+        found: dict[str, tuple[str, float]] = {}
+        for line in self._flat(name):
+            sent = _sent(line, self._num_devices)
+            if sent is not None:
+                channel = None if line in own else _CHANNEL.search(line)
+                found[channel[1] if channel else line] = sent
+        return found.values()
+
+    def _flat(self, name: str) -> Iterator[str]:
+        """Lines of the computation and of those that it calls, except as a loop."""
+        for line in self._lines.get(name, []):
+            # As TPUs write it: a sum of which each keeps a part.
+            yield line.replace(" all-reduce(", " reduce-scatter-of(") if name.startswith("all-reduce-scatter") else line
+            for called in _calls(line):
+                yield from self._flat(called)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
@@ -79,31 +112,48 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _calls(line: str, computations: dict[str, list[str]]) -> Iterator[tuple[str, int | None]]:
-    """Computations that the operation runs, and how often; None if nobody knows."""
+def _is_loop(line: str) -> bool:
     operation = _OPERATION.search(line)
-    if operation is None or operation[2].startswith(("all-reduce", "reduce")):
-        return  # their computation is the sum of two numbers
+    return operation is not None and operation[2] == "while"
+
+
+def _calls(line: str) -> Iterator[str]:
+    """Computations that the operation runs once."""
+    operation = _OPERATION.search(line)
+    # The computation of a reduction is the sum of two numbers; what has ended was counted where it started.
+    if operation is None or operation[2] == "while" or operation[2].startswith(("all-reduce", "reduce")):
+        return
     if operation[2].endswith(("-done", "-update")):
-        return  # counted where it starts
-    times = _trips(line, computations) if operation[2] == "while" else 1
+        return
     for pattern in (_CALLED, _BRANCHES):
         for names in pattern.findall(line):
-            for name in names.split(","):
-                yield name.strip().lstrip("%"), times
+            yield from (name.strip().lstrip("%") for name in names.split(","))
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-    """How often a loop runs: as it is annotated, or, as TPUs' are not, by a condition that compares with a constant."""
-    annotated, condition = _TRIPS.search(line), _CONDITION.search(line)
+    """How often a loop runs: as it is annotated, or, as TPUs' are not, from its counter, its bound and its step."""
+    annotated, condition, body = _TRIPS.search(line), _CONDITION.search(line), _BODY.search(line)
     if annotated:
         return int(annotated[1])
-    body = computations[condition[1]] if condition else []
-    constants = {name: int(value) for text in body for name, value in _CONSTANT.findall(text)}
-    bounds = [
-        value for text in body if "direction=LT" in text for name, value in constants.items() if f"{name})" in text
-    ]
-    return bounds[0] if len(bounds) == 1 else None
+    if condition is None or body is None:
+        return None
+    test, steps = computations[condition[1]], computations[body[1]]
+    bound = _LESS.search("\n".join(test))
+    constants = _constants(test)
+    if bound is None or bound[2] not in constants:
+        return None
+    counter = next((int(index) for text in test for name, index in _ELEMENT.findall(text) if name == bound[1]), None)
+    root = next((text.rpartition(" tuple(")[2] for text in steps if "ROOT" in text and " tuple(" in text), None)
+    if counter is None or root is None:
+        return None
+    after = _NAME.findall(root)[counter]
+    added = next((names for text in steps for name, *names in _ADD.findall(text) if name == after), [])
+    by = [value for name, value in _constants(steps).items() if name in added]
+    return math.ceil(constants[bound[2]] / by[0]) if len(by) == 1 else None
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    return {name: int(value) for text in lines for name, value in _CONSTANT.findall(text)}
 
 
 def _group_size(line: str, everyone: int) -> int:
@@ -124,7 +174,7 @@ def _sent(line: str, everyone: int) -> tuple[str, float] | None:
     operation = _OPERATION.search(line)
     if operation is None:
         return None
-    kind = operation[2].removesuffix("-start")
+    kind = operation[2].removesuffix("-start").removesuffix("-of")
     if kind not in COLLECTIVES:
         return None
     shapes = [(kind_, dims) for kind_, dims in _SHAPE.findall(operation[1]) if kind_ in ITEMSIZE]
@@ -135,5 +185,7 @@ def _sent(line: str, everyone: int) -> tuple[str, float] | None:
         sizes = sizes[len(sizes) // 2 :]  # what goes in is listed before what comes out
     num = _group_size(line, everyone)
     share = (num - 1) / num
+    if operation[2] == "reduce-scatter-of":
+        return kind, share * sum(sizes)
     factor = {"all-reduce": 2 * share, "reduce-scatter": num - 1.0}.get(kind, share)
     return kind, factor * sum(sizes)

@@ -51,8 +51,8 @@ class Pacer:
         most = max(method.num_masks for method in self.menu)
         self._verified, self._accepted = np.zeros(most), np.zeros(most)
         self._forwards, self._tokens = [0.0] * len(self.menu), [0.0] * len(self.menu)
-        # By method: a chain's tokens per forward, until more is known of acceptance. AR says nothing of it, and a look at
-        # the rates would take half a millisecond of the host, which a small model's steps take as well.
+        # By method: a chain's tokens per forward, until more is known of acceptance. AR says nothing of it, and a look
+        # at the rates would take half a millisecond of the host, which a small model's steps take as well.
         self._expected: dict[int, np.ndarray] = {}
         self._times: dict[int, StepTimes] = {}
         self._current: dict[int, int] = {}

@@ -70,8 +70,8 @@ def test_a_program_of_one_device_sends_nothing():
     assert sent_bytes(jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text()) == {}
 
 
-# What compilers for accelerators write and the CPU's does not: loops without a count, a sum of which a part is kept,
-# groups by the axes of a mesh, and pairs of start and done.
+# What compilers for accelerators write and the CPU's does not: loops without a count, in steps of two; a sum of which a
+# part is kept; groups by the axes of a mesh; pairs of start and done, or fusions of one channel.
 OTHERS = """\
 HloModule jit_step, num_partitions=8
 
@@ -86,10 +86,24 @@ HloModule jit_step, num_partitions=8
   ROOT %slice.1 = bf16[8,8]{1,0} dynamic-slice(%all-reduce.1, %at), dynamic_slice_sizes={8,8}
 }
 
+%begun.1 (y: bf16[8]) -> bf16[16] {
+  ROOT %all-gather.2 = bf16[16]{0} all-gather(%y), channel_id=7, replica_groups=[4,2]<=[8]
+}
+
+%ended.1 (y: bf16[8]) -> bf16[16] {
+  ROOT %all-gather.3 = bf16[16]{0} all-gather(%y), channel_id=7, replica_groups=[4,2]<=[8]
+}
+
 %body.1 (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %constant.6 = s32[]{:T(128)} constant(2)
+  %get-tuple-element.2 = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %add.1 = s32[]{:T(128)} add(%get-tuple-element.2, %constant.6)
+  %fusion.2 = bf16[16]{0} fusion(%y), kind=kCustom, calls=%begun.1
+  %fusion.3 = bf16[16]{0} fusion(%y), kind=kCustom, calls=%ended.1
   %fusion.1 = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %all-gather-start.1 = (bf16[8]{0}, bf16[16]{0}) all-gather-start(%y), replica_groups=mesh['a'=2,'b'=4] {'a'}
   %all-gather-done.1 = bf16[16]{0} all-gather-done(%all-gather-start.1)
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[8]{0}) tuple(%add.1, %y)
 }
 
 ENTRY %main (p: bf16[8]) -> bf16[8] {
@@ -102,9 +116,9 @@ ENTRY %main (p: bf16[8]) -> bf16[8] {
 
 def test_what_other_compilers_write_is_read():
     assert sent_bytes(OTHERS) == {
-        "all-gather": 36 * 16 * 2 / 2,
+        "all-gather": 18 * (2 * 16 * 2 / 2),
         "all-reduce": 2 * 24 * 7 / 8,
-        "reduce-scatter": 36 * 64 * 8 * 2 * 7 / 8,
+        "reduce-scatter": 18 * 64 * 8 * 2 * 7 / 8,
     }
 
 
