@@ -87,7 +87,8 @@ def test_every_method_has_the_bits_of_ar_in_any_batch(ar_alone, adapter, method,
     assert bits(decoded(tiny(dtype, adapter=adapter), PROMPTS, method, batch_size=batch_size)) == wanted
 
 
-@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_four_slots_at_a_time_have_the_bits_of_one_request_among_fillers(dtype):
     """Another tile may have other bits than a tile of one slot; what counts is that they agree among themselves."""
     lm = tiny(dtype, adapter=True)

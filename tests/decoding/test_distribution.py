@@ -87,7 +87,7 @@ def p_value(lm: LanguageModel, method: AR | ISD, params: SamplingParams) -> floa
         pytest.param(ISD(stride=4), marks=pytest.mark.proof),
         pytest.param(ISD(stride=3, branches=3), marks=pytest.mark.proof),
         pytest.param(ISD(stride=4, branches=4, proposals="argmax"), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=3, proposals="argmax"), marks=pytest.mark.slow),
+        pytest.param(ISD(stride=3, proposals="argmax"), marks=pytest.mark.proof),
         pytest.param(ISD(stride=4, proposals="argmax"), marks=pytest.mark.proof),
     ],
     ids=str,

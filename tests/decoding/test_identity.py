@@ -31,7 +31,7 @@ def ids(completions) -> list[list[int]]:
     return [completion.token_ids for completion in completions]
 
 
-@pytest.mark.parametrize("stride", [*(pytest.param(stride, marks=pytest.mark.slow) for stride in (2, 3, 8)), 4])
+@pytest.mark.parametrize("stride", [*(pytest.param(stride, marks=pytest.mark.proof) for stride in (2, 3)), 4, 8])
 @pytest.mark.parametrize("name", [pytest.param("idlm", marks=pytest.mark.proof), "r_isd"])
 def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
     lm = request.getfixturevalue(name)
@@ -48,7 +48,7 @@ def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
 
 @pytest.mark.parametrize(
     ("stride", "branches"),
-    [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 2), (8, 3), (8, 8))), (4, 4)],
+    [*(pytest.param(*each, marks=pytest.mark.proof) for each in ((2, 2), (8, 8))), (8, 3), (4, 4)],
 )
 @pytest.mark.parametrize("name", [pytest.param("idlm", marks=pytest.mark.proof), "r_isd"])
 def test_branches_change_no_greedy_token_and_save_forwards(name, stride, branches, request):

@@ -55,7 +55,7 @@ class Cut(NamedTuple):
     device: Device
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.proof)])
 def cut(request, folders) -> Cut:
     lm = load(folders, serving_mesh(request.param))
     return Cut(request.param, lm, Device(lm, SMALL))
