@@ -190,17 +190,21 @@ def markdown(first: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> s
         "other forwards.",
         "",
         "Acceptance, teacher-forced on held-out text: sum of min(p, q) of what is drafted (q) and what its check would "
-        "say (p); for block diffusion, of a token with its whole block hidden and with what stands to its left known.",
+        "say (p), by how far the token is from the last one known; for block diffusion, q hides its whole block and p "
+        "knows what stands to its left. The token next to the known one needs no draft. A block of the kind that "
+        "predicts the next token ends one place sooner.",
         "",
-        "| trained | seeds | acceptance | by depth |",
-        "| --- | --- | --- | --- |",
+        "| trained | seeds | 2 ahead | 3 ahead | 4 ahead |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, group in found.items():
-        each = [record["agreement"] for record in group]
-        if each[0] is None:
+        if SYSTEMS[name].changes is None:
             continue
-        depths = " ".join(f"{statistics.mean(a[f'acceptance/depth_{d}'] for a in each):.3f}" for d in range(STRIDE - 1))
-        lines.append(f"| {name} | {len(group)} | {_spread([a['acceptance'] for a in each])} | {depths} |")
+        # Its depth 0 is the token next to the known one, whose p is q.
+        first_depth = 1 if SYSTEMS[name].predicts_next else 0
+        depths = [f"acceptance/depth_{depth}" for depth in range(first_depth, STRIDE - 1)]
+        columns = [_spread([record["agreement"][depth] for record in group]) for depth in depths]
+        lines.append(f"| {name} | {len(group)} | " + " | ".join([*columns, "", ""][: STRIDE - 1]) + " |")
     lines += ["", "| T | trained | decoded | TPF | rows a token | NLL |", "| --- | --- | --- | --- | --- | --- |"]
     for temperature in (0.0, 1.0):
         for name, group in found.items():
