@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def sent_bytes(self) -> float:
-        return sum(self.sent.values())
+        return float(sum(self.sent.values()))
 
     @property
     def fits(self) -> bool:
