@@ -3,8 +3,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-next test-page chromium soak harnesses eval proofs bitwise report compiled plans docs \
-    pictures lint clean
+.PHONY: help demo test test-fast test-next test-page chromium soak harnesses eval proofs bitwise report results compiled \
+    plans docs pictures lint clean
 
 # The first of the candidates that starts (a pyenv shim may not), is new enough and can make an environment.
 find_python = $(shell for p in $(2); do \
@@ -70,7 +70,10 @@ proofs: .venv/.dev .venv-next/.dev harnesses  ## the longest tests: twenty kills
 bitwise: .venv/.dev  ## benchmarks/results/bitwise/: AR and ISD in the bit-for-bit mode on 1,120 held-out prompts
 	.venv/bin/python -m benchmarks.bitwise
 
-report: .venv/.dev  ## docs/results.md, from the committed results
+report: .venv/.dev  ## docs/results.md and its pictures; measures anew what takes minutes (half an hour on two cores)
+	.venv/bin/python -m benchmarks.report --measure
+
+results: .venv/.dev  ## docs/results.md, from the committed results
 	.venv/bin/python -m benchmarks.report
 
 compiled: .venv-next/.dev  ## benchmarks/results/compiled/: every kernel compiled for H200 and TPU, without either
