@@ -60,8 +60,10 @@ def trace(
 
     Example: idlm trace 'for name in sorted(' --branches 4 --output trace.svg
     """
-    if output is not None and output.suffix not in PICTURES:
-        raise ValueError(f"--output {output} must end in {' or '.join(PICTURES)}")
+    if output is not None:
+        if output.suffix not in PICTURES:
+            raise ValueError(f"--output {output} must end in {' or '.join(PICTURES)}")
+        output.parent.mkdir(parents=True, exist_ok=True)
     method = options.chosen_method(
         decoder,
         stride=stride,
