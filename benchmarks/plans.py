@@ -17,16 +17,15 @@ from train.plan import Plan, make_plan
 RESULT = Path("benchmarks/results/plans.md")
 LORA = ["lora.rank=128", "lora.alpha=256", "param_dtype=bfloat16", "learning_rate=2e-4", "curriculum=[]"]
 # One row of 4,096 tokens a device, until a step has 4 million tokens; then fewer rows than devices, each cut over four.
-ROWS = "gradient_accumulation_steps=1 batch_size="
 SCALING: list[tuple[str, str, list[str]]] = [
-    (config, target, f"{ROWS}{rows} {more}".split())
+    (config, target, ["gradient_accumulation_steps=1", f"batch_size={rows}", *mesh])
     for config in ("qwen3_8b", "qwen3_32b")
-    for target, rows, more in (
-        ("h200x64", 64, ""),
-        ("h200x512", 512, "mesh.data=8"),
-        ("h200x4096", 1024, "mesh.data=16 mesh.context=4"),
-        ("v5p-1024", 512, "mesh.data=4"),
-        ("v5p-8192", 1024, "mesh.data=8 mesh.context=4"),
+    for target, rows, mesh in (
+        ("h200x64", 64, []),
+        ("h200x512", 512, ["mesh.data=8"]),
+        ("h200x4096", 1024, ["mesh.data=16", "mesh.context=4"]),
+        ("v5p-1024", 512, ["mesh.data=4"]),
+        ("v5p-8192", 1024, ["mesh.data=8", "mesh.context=4"]),
     )
 ]
 # config, target, overrides
@@ -61,8 +60,8 @@ HEADER = """\
 Compiled for devices that were not there (`make plans`); nothing ran. GB a device are the compiler's account of a step
 (the rest: gradients, activations). "sent" is what a device sends in a step if every collective is a ring, read from the
 compiled program with its loops. "compute" is arithmetic at the published bfloat16 peak, recomputation included; "links"
-is what is sent at the peak of the interconnect, of GPUs NVLink, so
-across their hosts it takes longer. A full row counts as one document.
+is what is sent at the peak of the interconnect, of GPUs NVLink, so across their hosts it takes longer. A full row
+counts as one document.
 
 | config | target | overrides | mesh | parameters | optimizer | rest | memory | sent | compute | links | 40% MFU | |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -9,7 +9,7 @@ where the vocabulary is cut.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 ITEMSIZE = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2} | {
     f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
@@ -63,39 +63,35 @@ class _Program:
         """By kind, of one run of the computation; of the program, if it is not named."""
         name = self._entry if name is None else name
         if name not in self._sent:
+            # TPUs start, continue and end a collective in fusions, which share its channel.
+            fused: dict[str, tuple[str, float]] = {}
             total: dict[str, float] = defaultdict(float)
-            for kind, size in self._alone(name):
+            for where, line in self._flat(name):
+                for kind, size in self._of_loop(line).items():
+                    total[kind] += size
+                sent = _sent(line, self._num_devices, keeps_part=where.startswith("all-reduce-scatter"))
+                channel = _CHANNEL.search(line)
+                if sent is not None and where != name and channel:
+                    fused[channel[1]] = sent
+                elif sent is not None:
+                    total[sent[0]] += sent[1]
+            for kind, size in fused.values():
                 total[kind] += size
-            for line in self._flat(name):
-                if _is_loop(line):
-                    for kind, size in self._of_loop(line).items():
-                        total[kind] += size
             self._sent[name] = dict(sorted(total.items()))
         return self._sent[name]
 
     def _of_loop(self, line: str) -> dict[str, float]:
-        body = _BODY.search(line)
-        inside = self.sent(body[1]) if body else {}
+        """What all runs of a loop send; nothing, if the operation is none."""
+        operation, body = _OPERATION.search(line), _BODY.search(line)
+        if operation is None or operation[2] != "while" or body is None:
+            return {}
         times = _trips(line, self._lines)
-        times = 1 if times is None else times
-        return {kind: times * size for kind, size in inside.items()}
+        return {kind: (1 if times is None else times) * size for kind, size in self.sent(body[1]).items()}
 
-    def _alone(self, name: str) -> Collection[tuple[str, float]]:
-        """Of the computation without its loops. TPUs start, continue and end a collective in fusions of one channel."""
-        own = set(self._lines.get(name, []))
-        found: dict[str, tuple[str, float]] = {}
-        for line in self._flat(name):
-            sent = _sent(line, self._num_devices)
-            if sent is not None:
-                channel = None if line in own else _CHANNEL.search(line)
-                found[channel[1] if channel else line] = sent
-        return found.values()
-
-    def _flat(self, name: str) -> Iterator[str]:
-        """Lines of the computation and of those that it calls, except as a loop."""
+    def _flat(self, name: str) -> Iterator[tuple[str, str]]:
+        """The computation's name and each of its lines, then those of what it calls, except as a loop."""
         for line in self._lines.get(name, []):
-            # As TPUs write it: a sum of which each keeps a part.
-            yield line.replace(" all-reduce(", " reduce-scatter-of(") if name.startswith("all-reduce-scatter") else line
+            yield name, line
             for called in _calls(line):
                 yield from self._flat(called)
 
@@ -111,11 +107,6 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         else:
             lines.append(line)
     return found, entry
-
-
-def _is_loop(line: str) -> bool:
-    operation = _OPERATION.search(line)
-    return operation is not None and operation[2] == "while"
 
 
 def _calls(line: str) -> Iterator[str]:
@@ -171,11 +162,12 @@ def _group_size(line: str, everyone: int) -> int:
     return everyone
 
 
-def _sent(line: str, everyone: int) -> tuple[str, float] | None:
+def _sent(line: str, everyone: int, *, keeps_part: bool) -> tuple[str, float] | None:
+    """Kind and bytes, if the operation sends; `keeps_part`: what TPUs write as a sum of which each keeps a part."""
     operation = _OPERATION.search(line)
     if operation is None:
         return None
-    kind = operation[2].removesuffix("-start").removesuffix("-of")
+    kind = operation[2].removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
     shapes = [(kind_, dims) for kind_, dims in _SHAPE.findall(operation[1]) if kind_ in ITEMSIZE]
@@ -186,7 +178,7 @@ def _sent(line: str, everyone: int) -> tuple[str, float] | None:
         sizes = sizes[len(sizes) // 2 :]  # what goes in is listed before what comes out
     num = _group_size(line, everyone)
     share = (num - 1) / num
-    if operation[2] == "reduce-scatter-of":
-        return kind, share * sum(sizes)
+    if kind == "all-reduce" and keeps_part:
+        return "reduce-scatter", share * sum(sizes)
     factor = {"all-reduce": 2 * share, "reduce-scatter": num - 1.0}.get(kind, share)
     return kind, factor * sum(sizes)
