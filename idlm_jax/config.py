@@ -67,6 +67,7 @@ class ModelConfig:
         quantize: 8-bit form in which the projections of the blocks are held, for inference; None holds them in
             `param_dtype`, like everything else.
         lora: adapter that acts on MASK rows, or None.
+        markov_rank: rank of the head that corrects a MASK row's logits by the draft before it; None for no such head.
         remat: what the backward pass recomputes: "none", "full" (each block) or "dots" (all but matrix products).
         scan_unroll: layers per step of the scan over layers; `num_layers` unrolls it.
         kernels: the body of every op that has more than one (`pallas_kernels.choose_kernels`).
@@ -89,6 +90,7 @@ class ModelConfig:
     compute_dtype: DType = "float32"
     quantize: Form | None = None
     lora: LoraConfig | None = None
+    markov_rank: int | None = None
     remat: Remat = "none"
     scan_unroll: int = 1
     kernels: Kernels = REFERENCE
@@ -99,6 +101,8 @@ class ModelConfig:
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.markov_rank is not None and self.markov_rank < 1:
+            raise ValueError(f"{self.markov_rank=} must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads=} must be a multiple of {self.num_kv_heads=}")
         if self.head_dim % 2:

@@ -95,7 +95,7 @@ def block_diffusion_loss(
     num_rows = blocks.tokens.shape[1]
     labels = next_row(blocks.tokens) if predicts_next else blocks.tokens
     scored = [next_row(each) if predicts_next else each for each in (is_masked, blocks.is_first)]
-    ce = cross_entropy(module, hidden, jnp.tile(labels, (1, 2)), jnp.concatenate(scored, axis=1))
+    ce = cross_entropy(hidden, module.head_weight(), jnp.tile(labels, (1, 2)), jnp.concatenate(scored, axis=1))
     row_weights = next_row(weights) if predicts_next else weights
     noisy = RowMean(jnp.sum(row_weights * ce[:, :num_rows]), count_true(blocks.is_hidden))
     clean = RowMean(jnp.sum(ce[:, num_rows:]), count_true(blocks.is_first))
@@ -122,12 +122,13 @@ def measure_agreement(module: Qwen3, batch: Batch, block_length: int, *, predict
     num_rows = blocks.tokens.shape[1]
     labels = next_row(blocks.tokens) if predicts_next else blocks.tokens
     q_rows = _hidden(module, blocks, blocks.is_hidden)[:, :num_rows]
+    mask_id, weight = mask_token_id(module), module.head_weight()
     metrics: Metrics = {}
     for depth in range(block_length - 1):
         p_rows = _hidden(module, blocks, blocks.is_hidden & (blocks.place > depth))[:, :num_rows]
         is_counted = blocks.is_hidden & (blocks.place == depth + 1)
         is_counted = next_row(is_counted) if predicts_next else is_counted
-        for name, values in agreement(module, q_rows, p_rows, labels).items():
+        for name, values in agreement(q_rows, p_rows, weight, labels, mask_id).items():
             found = mean_over(is_counted, values)
             metrics[f"{name}/depth_{depth}"] = found
             before = metrics.get(name, RowMean(jnp.float32(0), jnp.float32(0)))

@@ -137,6 +137,14 @@ class TrainConfig:
     init_from: Annotated[str | None, Field(description="Hugging Face folder or hub id to start from")] = None
     model: Annotated[FreshModel | None, Field(description="or the shape of a model that starts random")] = None
     lora: Annotated[Lora | None, Field(description="train a gated adapter; null trains every parameter")] = None
+    markov_rank: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=256,
+            description="train a head of this rank that corrects each MASK by the token before; null: the checkpoint's",
+        ),
+    ] = None
     dataset: Annotated[Dataset, Field(description="packed rows")]
 
     block_length: Annotated[
@@ -256,6 +264,8 @@ class TrainConfig:
             raise ValueError("lora needs objective=introspective: the adapter acts on MASK rows, and ar has none")
         if self.lora and self.init_from is None:
             raise ValueError("lora needs init_from: an adapter is of no use without its base checkpoint")
+        if self.markov_rank and self.objective != "introspective":
+            raise ValueError("markov_rank needs objective=introspective: the head corrects what its MASK rows draft")
         if self.param_dtype == "bfloat16" and not self.lora:
             raise ValueError(
                 "param_dtype=bfloat16 without lora would round away small updates; keep float32 parameters "

@@ -14,6 +14,7 @@ from idlm_jax.config import LoraConfig, ModelConfig
 from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.model.transformer import Qwen3
 from idlm_jax.weights import load
+from idlm_jax.weights.assemble import flat_variables
 from pallas_kernels.bodies import choose_kernels
 from train.config import FreshModel, TrainConfig
 from train.mesh import state_sharding
@@ -82,19 +83,19 @@ def initialize(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Me
     def draw() -> Qwen3:
         return Qwen3(model_config, rngs=nnx.Rngs(config.seed))
 
-    def draw_kind() -> nnx.State:
-        # XLA drops what is not returned, so an adapter is drawn without drawing a base for it.
-        return jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(draw(), kind))
+    given, frozen = (nnx.State({}), nnx.State({})) if loaded is None else nnx.split_state(loaded.params, kind, ...)
+    is_given = set(flat_variables(given))
 
-    sharding = None if mesh is None else state_sharding(jax.eval_shape(draw_kind), mesh)
-    draw_trainable = jax.jit(draw_kind, out_shardings=sharding)
-    graph, _, abstract_frozen = nnx.split(nnx.eval_shape(draw), kind, ...)
-    if loaded is None:
-        trainable, frozen = draw_trainable(), abstract_frozen
-    elif config.lora:
-        trainable, frozen = draw_trainable(), loaded.params
-    else:
-        trainable, frozen = loaded.params, abstract_frozen
+    def draw_rest() -> nnx.State:
+        # XLA drops what is not returned, so an adapter is drawn without drawing a base for it.
+        drawn = flat_variables(nnx.state(draw(), kind))
+        rest = [(path, x.astype(jnp.float32)) for path, x in drawn.items() if path not in is_given]
+        return nnx.from_flat_state(rest)
+
+    sharding = None if mesh is None else state_sharding(jax.eval_shape(draw_rest), mesh)
+    graph, _, _ = nnx.split(nnx.eval_shape(draw), kind, ...)
+    given = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+    trainable = nnx.merge_state(given, jax.jit(draw_rest, out_shardings=sharding)())
     return StartingPoint(graph, trainable, frozen, tokenizer, hf_config)
 
 
@@ -102,7 +103,7 @@ def trained_config(config: TrainConfig, base: ModelConfig, mask_token_id: int | 
     """What is trained from `base`: the run's MASK id (else the base's, else the given one), dtypes, remat, adapter.
 
     Raises:
-        ValueError: no MASK id is known and the objective needs one.
+        ValueError: no MASK id is known and the objective needs one, or the checkpoint's Markov head has another rank.
     """
     known = (config.mask_token_id, base.mask_token_id, mask_token_id)
     mask_token_id = next((each for each in known if each is not None), None)
@@ -110,12 +111,15 @@ def trained_config(config: TrainConfig, base: ModelConfig, mask_token_id: int | 
         raise ValueError(
             "no MASK id: give mask_token_id, a checkpoint that names one, or a tokenizer with a mask token"
         )
+    if config.markov_rank and base.markov_rank and config.markov_rank != base.markov_rank:
+        raise ValueError(f"markov_rank={config.markov_rank}, but the head in init_from has rank {base.markov_rank}")
     return dataclasses.replace(
         base,
         mask_token_id=mask_token_id,
         param_dtype=config.param_dtype,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
+        markov_rank=config.markov_rank or base.markov_rank,
         lora=LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha) if config.lora else None,
     )
 

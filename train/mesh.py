@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from idlm_jax.array_types import Keys, Queries
 from idlm_jax.config import ModelConfig
+from idlm_jax.model.markov_head import MARKOV_AXES
 from idlm_jax.model.transformer import PARAM_AXES
 from idlm_jax.sharding import param_spec
 from train.config import MeshShape, TrainConfig
@@ -131,7 +132,7 @@ def param_axes(path: tuple[str, ...]) -> str:
     A kernel [L, D, N, H] has the factors A [L, D, R] and B [L, R, N * H].
     """
     if path[-1] not in ("lora_a", "lora_b"):
-        return PARAM_AXES[path]
+        return (PARAM_AXES | MARKOV_AXES)[path]
     inner, outer = PARAM_AXES[(*path[:-1], "kernel")][1], PARAM_AXES[(*path[:-1], "kernel")][-1]
     if inner == "D":
         outer = PARAM_AXES[(*path[:-1], "kernel")][2]

@@ -76,10 +76,10 @@ def introspective_loss(
     decoding reads (`LabelRows`); KL, TV and depth weights are ours.
     """
     layout = lay_out(batch, settings)
-    hidden = two_stream_hidden(module, layout)
+    hidden, weight = with_markov_head(module, layout, two_stream_hidden(module, layout))
     ce = cross_entropy(
-        module,
         hidden,
+        weight,
         jnp.tile(layout.labels, (1, 2)),
         jnp.concatenate([layout.is_noisy_scored, layout.is_clean_scored], axis=1),
     )
@@ -92,7 +92,7 @@ def introspective_loss(
     metrics |= _means_by_depth("ce_noisy", ce_noisy, is_draft, layout.depth, settings.block_length)
     noisy = weighted_ce
     if settings.kl_weight or settings.tv_weight:
-        divergences = _divergences(module, hidden, is_draft)
+        divergences = _divergences(module, hidden, weight, is_draft)
         for name, values in divergences.items():
             metrics[name] = mean_over(is_draft, values)
             metrics |= _means_by_depth(name, values, is_draft, layout.depth, settings.block_length)
@@ -125,7 +125,7 @@ def ar_loss(module: Qwen3, batch: Batch, row_counts: RowCounts | None = None) ->
         The loss, float32, and `ce_clean`.
     """
     layout = lay_out(batch, ObjectiveSettings(block_length=1))
-    ce = cross_entropy(module, clean_hidden(module, layout), layout.labels, layout.is_clean_scored)
+    ce = cross_entropy(clean_hidden(module, layout), module.head_weight(), layout.labels, layout.is_clean_scored)
     clean = mean_over(layout.is_clean_scored, ce)
     num_rows = clean.num_rows if row_counts is None else row_counts.clean
     return clean.total / jnp.maximum(num_rows, 1.0), {"ce_clean": jax.lax.stop_gradient(clean)}
@@ -155,24 +155,26 @@ def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings,
         ValueError: the model has no MASK id.
     """
     layout = lay_out(batch, dataclasses.replace(settings, label_rows=LabelRows.MASK_ROWS))
-    noisy, clean = jnp.split(two_stream_hidden(module, layout), 2, axis=1)
+    hidden, weight = with_markov_head(module, layout, two_stream_hidden(module, layout))
+    noisy, clean = jnp.split(hidden, 2, axis=1)
+    mask_id = mask_token_id(module)
     metrics: Metrics = {}
-    for name, values in agreement(module, noisy, clean, layout.labels, tile_rows=tile_rows).items():
+    for name, values in agreement(noisy, clean, weight, layout.labels, mask_id, tile_rows=tile_rows).items():
         metrics[name] = mean_over(layout.is_noisy_scored, values)
         metrics |= _means_by_depth(name, values, layout.is_noisy_scored, layout.depth, settings.block_length)
     return jax.lax.stop_gradient(metrics)
 
 
 def agreement(
-    module: Qwen3,
     noisy: Float[Array, "B L D"],
     clean: Float[Array, "B L D"],
+    weight: Float[Array, "V D"],
     labels: Int[Array, "B L"],
+    mask_id: int,
     *,
     tile_rows: int = 512,
 ) -> dict[str, Float[Array, "B L"]]:
-    """What `measure_acceptance` reports of each row, from the final hidden states that q and p are read from."""
-    mask_id = mask_token_id(module)
+    """What `measure_acceptance` reports of each row, from what q and p are read from and the head that reads it."""
 
     def compare(
         row: tuple[Float[Array, " D"], Float[Array, " D"], Int[Array, ""]], head: Float[Array, "V D"]
@@ -198,7 +200,7 @@ def agreement(
         return {name: values.reshape(labels.shape) for name, values in flat_values.items()}
 
     measure = per_device(local, (TOKENS, P()), TOKENS)
-    return measure((noisy, clean, labels), module.head_weight())
+    return measure((noisy, clean, labels), weight)
 
 
 def clean_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B L D"]:
@@ -242,6 +244,25 @@ def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
         attend,
     )
     return hidden
+
+
+def with_markov_head(
+    module: Qwen3, layout: Layout, hidden: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T _"], Float[Array, "V _"]]:
+    """What `two_stream_hidden` gave, and the head that turns it into logits; with a Markov head, both are wider.
+
+    The sum of two products is one product of what lies side by side: MASK rows bring features of the true token
+    before the one they predict, all others zeros.
+    """
+    weight = module.head_weight()
+    if module.config.markov_rank is None:
+        return hidden, weight
+    noisy, _ = jnp.split(hidden, 2, axis=1)
+    features = module.markov_features(noisy, along_stream(layout.tokens))
+    features = jnp.where(along_stream(layout.is_mask)[..., None], features, 0)
+    both = jnp.concatenate([features, jnp.zeros_like(features)], axis=1)
+    wider = jnp.concatenate([hidden, along_stream(both)], axis=2)
+    return along_stream(wider), jnp.concatenate([weight, module.markov.weight()], axis=1)
 
 
 def _hidden_over_frozen_clean(module: Qwen3, layout: Layout, noisy_tokens: Int[Array, "B L"]) -> Float[Array, "B T D"]:
@@ -302,9 +323,12 @@ def mask_token_id(module: Qwen3) -> int:
 
 
 def cross_entropy(
-    module: Qwen3, hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], is_scored: Bool[Array, "B T"]
+    hidden: Float[Array, "B T D"],
+    weight: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    is_scored: Bool[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """Per-row loss, 0 on rows that are not scored."""
+    """Per-row loss under the head `weight`, 0 on rows that are not scored."""
 
     def local(rows: tuple[Array, Array, Array], weight: Float[Array, "V D"]) -> Float[Array, "_ _"]:
         hidden, labels, is_scored = rows
@@ -314,7 +338,7 @@ def cross_entropy(
         return loss.reshape(labels.shape)
 
     axis = vocab_axis()
-    return per_device(local, (STREAM, P(axis)), STREAM)((hidden, labels, is_scored), module.head_weight())
+    return per_device(local, (STREAM, P(axis)), STREAM)((hidden, labels, is_scored), weight)
 
 
 def count_true(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
@@ -323,7 +347,7 @@ def count_true(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
 
 
 def _divergences(
-    module: Qwen3, hidden: Float[Array, "B T D"], is_draft: Bool[Array, "B L"]
+    module: Qwen3, hidden: Float[Array, "B T D"], weight: Float[Array, "V D"], is_draft: Bool[Array, "B L"]
 ) -> dict[str, Float[Array, "B L"]]:
     """`kl` and `tv` of the noisy from the clean stream per row, 0 on rows that are no scored draft."""
     mask_id = mask_token_id(module)
@@ -344,7 +368,7 @@ def _divergences(
     axis = vocab_axis()
     noisy, clean = jnp.split(hidden, 2, axis=1)
     rows = (noisy, jax.lax.stop_gradient(clean), is_draft)
-    kl, tv = per_device(local, (STREAM, P(axis)), STREAM)(rows, module.head_weight())
+    kl, tv = per_device(local, (STREAM, P(axis)), STREAM)(rows, weight)
     return {"kl": kl, "tv": tv}
 
 

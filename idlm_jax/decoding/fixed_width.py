@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from idlm_jax.decoding.method import TILE_ROWS, StepPlan
 from idlm_jax.decoding.state import Committed, DecodeState, Finish
-from idlm_jax.decoding.window import Window
+from idlm_jax.decoding.window import Outputs, Window
 from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.kv_cache import KVCache
 from idlm_jax.model.transformer import Qwen3
@@ -122,10 +122,8 @@ def write_prompt(
     return state._replace(cache=jax.lax.fori_loop(0, num_tiles, tile, state.cache))
 
 
-def window_logits(
-    module: Qwen3, plan: StepPlan, state: DecodeState, window: Window
-) -> tuple[Float[Array, "B W V"], KVCache]:
-    """Logits of a window's rows, which start at `context_len`, and the cache with their keys and values."""
+def window_outputs(module: Qwen3, plan: StepPlan, state: DecodeState, window: Window) -> tuple[Outputs, KVCache]:
+    """What a window's rows give, which start at `context_len`, and the cache with their keys and values."""
     num_rows = window.tokens.shape[1]
     behind = TILE_ROWS - num_rows
     row = state.context_len[:, None] + jnp.arange(num_rows, TILE_ROWS, dtype=jnp.int32)[None]
@@ -137,7 +135,7 @@ def window_logits(
     )
     hidden, cache = _tile(module, plan, state, padded, state.context_len)
     logits = jax.lax.optimization_barrier(module.logits(hidden))
-    return logits[:, :num_rows], cache
+    return Outputs(hidden[:, :num_rows], logits[:, :num_rows]), cache
 
 
 def _tile(

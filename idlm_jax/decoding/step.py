@@ -17,11 +17,11 @@ from idlm_jax.decoding.over_mesh import on_every_device, whole_logits
 from idlm_jax.decoding.record import how_many, logprobs_of, record
 from idlm_jax.decoding.shaping import count, shape
 from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, narrowed, widened
-from idlm_jax.decoding.window import Window, build_window
+from idlm_jax.decoding.window import Outputs, Window, build_window
 from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.kv_cache import KVCache
 from idlm_jax.model.transformer import Qwen3
-from pallas_kernels.verify import Purpose, Verdict, draft, verify, verify_coupled
+from pallas_kernels.verify import Purpose, RowStats, Verdict, draft, verify, verify_coupled
 
 
 def prefill(module: Qwen3, plan: StepPlan, state: DecodeState, num_rows: int) -> DecodeState:
@@ -118,8 +118,8 @@ def _prefill_at_once(
     # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
     rows = num_tokens - 1 + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
     used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
-    state, logits = state._replace(cache=cache), whole_logits(module.logits(used), plan)
-    return _commit_and_draft(module, plan, state, logits, jnp.zeros_like(num_tokens), known=known, allowed=allowed)
+    state, outputs = state._replace(cache=cache), Outputs(used, whole_logits(module.logits(used), plan))
+    return _commit_and_draft(module, plan, state, outputs, jnp.zeros_like(num_tokens), known=known, allowed=allowed)
 
 
 def _prefill_by_tiles(
@@ -136,8 +136,8 @@ def _prefill_by_tiles(
     last = jnp.take_along_axis(tokens, (state.context_len - start)[:, None], axis=1)
     no_draft = jnp.zeros_like(last)
     window = build_window(last, jnp.ones_like(start), state.context_len, no_draft, plan.num_masks, plan.mask_token_id)
-    logits, cache = fixed_width.window_logits(module, plan, state, window)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), logits, no_draft, known=known, allowed=allowed)
+    outputs, cache = fixed_width.window_outputs(module, plan, state, window)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), outputs, no_draft, known=known, allowed=allowed)
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
@@ -181,8 +181,8 @@ def _verify_and_draft(
         plan.num_masks,
         plan.mask_token_id,
     )
-    logits, cache = _window_logits(module, plan, state, window)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), logits, group_prefix, allowed=allowed)
+    outputs, cache = _window_outputs(module, plan, state, window)
+    return _commit_and_draft(module, plan, state._replace(cache=cache), outputs, group_prefix, allowed=allowed)
 
 
 def _verify_or_draft(
@@ -200,18 +200,16 @@ def _verify_or_draft(
         mask_token_id=plan.mask_token_id,
     )
     is_mask = drafts[:, None] & (jnp.arange(plan.num_masks + 1) > 0)[None]
-    logits, cache = _window_logits(module, plan, state, window._replace(is_mask=is_mask))
+    outputs, cache = _window_outputs(module, plan, state, window._replace(is_mask=is_mask))
     # The MASKs stand behind the pending token; behind no prefix at all where there are none.
     group_prefix = jnp.where(drafts, 0, -1)[:, None]
-    logits = jnp.concatenate([logits, logits[:, 1:]], axis=1)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), logits, group_prefix, allowed=allowed)
+    outputs = Outputs(*(jnp.concatenate([each, each[:, 1:]], axis=1) for each in outputs))
+    return _commit_and_draft(module, plan, state._replace(cache=cache), outputs, group_prefix, allowed=allowed)
 
 
-def _window_logits(
-    module: Qwen3, plan: StepPlan, state: DecodeState, window: Window
-) -> tuple[Float[Array, "B W V"], KVCache]:
+def _window_outputs(module: Qwen3, plan: StepPlan, state: DecodeState, window: Window) -> tuple[Outputs, KVCache]:
     if plan.group_slots is not None:
-        return fixed_width.window_logits(module, plan, state, window)
+        return fixed_width.window_outputs(module, plan, state, window)
     hidden, cache = module.hidden_states(
         window.tokens,
         window.positions,
@@ -221,7 +219,7 @@ def _window_logits(
         lora_gate=window.is_mask,
     )
     # One product for all rows: the head is read once.
-    return whole_logits(module.logits(hidden), plan), cache
+    return Outputs(hidden, whole_logits(module.logits(hidden), plan)), cache
 
 
 def _prefixes(plan: StepPlan, state: DecodeState) -> Int[Array, "B P"]:
@@ -244,27 +242,27 @@ def _commit_and_draft(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
-    logits: Float[Array, "B W V"],
+    outputs: Outputs,
     group_prefix: Int[Array, "B P"],
     *,
     known: Int[Array, " B"] | None = None,
     allowed: UInt[Array, "B C words"] | None = None,
 ) -> tuple[DecodeState, Committed]:
-    """Turns logits into committed tokens and new proposals.
+    """Turns what the model says into committed tokens and new proposals.
 
     Args:
         module: the model, for its kernels.
         plan: static description of the step.
         state: with the cache already extended.
-        logits: of the pending token and of every draft (of the pending token alone in a prefill), then of all MASK
+        outputs: of the pending token and of every draft (of the pending token alone in a prefill), then of all MASK
             groups, group after group.
         group_prefix: drafts that each group took for granted.
         known: as in `prefill_chunk`.
         allowed: as in `shape`, for the anchors; needs `state.shaping`.
     """
-    num_anchors = logits.shape[1] - group_prefix.shape[1] * plan.num_masks
+    num_anchors = outputs.logits.shape[1] - group_prefix.shape[1] * plan.num_masks
     num_checked = num_anchors - 1
-    raw_logits = anchor_logits = logits[:, :num_anchors]
+    raw_logits = anchor_logits = outputs.logits[:, :num_anchors]
     drafts = state.proposals[:, :num_checked]
     if state.shaping is not None:
         where, temperature = state.context_len + 1, state.sampling.temperature
@@ -294,7 +292,8 @@ def _commit_and_draft(
     )
     checksums = None if plan.group_slots is None else fixed_width.checksums(raw_logits)
     committed = Committed(candidates, num_committed, logprobs_of(plan, raw_logits, candidates), checksums)
-    state = _draft(module, plan, state, logits[:, num_anchors:], group_prefix, verdict.accepted_len)
+    masks = Outputs(*(each[:, num_anchors:] for each in outputs))
+    state = _draft(module, plan, state, masks, group_prefix, verdict.accepted_len)
     return state, committed
 
 
@@ -324,7 +323,7 @@ def _draft(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
-    mask_logits: Float[Array, "B X V"],
+    masks: Outputs,
     group_prefix: Int[Array, "B P"],
     accepted_len: Int[Array, " B"],
 ) -> DecodeState:
@@ -333,15 +332,16 @@ def _draft(
         return state
     batch, num_groups = group_prefix.shape
     matches = group_prefix == accepted_len[:, None]
-    groups = mask_logits.reshape(batch, num_groups, plan.num_masks, -1)
-    chosen = jnp.take_along_axis(groups, jnp.argmax(matches, axis=1)[:, None, None, None], axis=1)[:, 0]
-    if state.shaping is not None:
-        behind, where = jnp.zeros((batch, 0), jnp.int32), state.context_len + 1
-        chosen = shape(chosen, state.shaping, behind, where, state.stop_ids, state.sampling.temperature, None)
-    # MASK k behind the accepted drafts predicts the token k places after the one just committed.
-    purpose = Purpose.COMMIT if plan.coupled else Purpose.PROPOSE
-    op = on_every_device(draft, module, plan, argmax=plan.argmax_proposals, purpose=purpose)
-    proposals, stats = op(chosen, state.sampling, state.context_len + 1)
+    which = jnp.argmax(matches, axis=1)[:, None, None, None]
+
+    def of_group(rows: Float[Array, "B X _"]) -> Float[Array, "B M _"]:
+        groups = rows.reshape(batch, num_groups, plan.num_masks, -1)
+        return jnp.take_along_axis(groups, which, axis=1)[:, 0]
+
+    if module.config.markov_rank is None:
+        proposals, stats, chosen = _propose(module, plan, state, of_group(masks.logits), 0)
+    else:
+        proposals, stats, chosen = _propose_in_turn(module, plan, state, Outputs(*map(of_group, masks)))
     if plan.keeps_proposal_logits:
         state = state._replace(proposal_logits=chosen)
     if state.confidence is not None:
@@ -353,6 +353,34 @@ def _draft(
         state = state._replace(proposal_stats=stats)
     has_drafts = jnp.any(matches, axis=1) & (state.finish == Finish.RUNNING)
     return state._replace(proposals=proposals, num_proposals=jnp.where(has_drafts, plan.num_masks, 0).astype(jnp.int32))
+
+
+def _propose(
+    module: Qwen3, plan: StepPlan, state: DecodeState, logits: Float[Array, "B C V"], depth: int
+) -> tuple[Int[Array, "B C"], RowStats, Float[Array, "B C V"]]:
+    """Drafts from MASKs `depth` and on of a group: the tokens, and what they were drawn from."""
+    # MASK k behind the accepted drafts predicts the token k places after the one just committed.
+    where = state.context_len + 1 + depth
+    if state.shaping is not None:
+        behind = jnp.zeros((len(where), 0), jnp.int32)
+        logits = shape(logits, state.shaping, behind, where, state.stop_ids, state.sampling.temperature, None)
+    purpose = Purpose.COMMIT if plan.coupled else Purpose.PROPOSE
+    op = on_every_device(draft, module, plan, argmax=plan.argmax_proposals, purpose=purpose)
+    return *op(logits, state.sampling, where), logits
+
+
+def _propose_in_turn(
+    module: Qwen3, plan: StepPlan, state: DecodeState, masks: Outputs
+) -> tuple[Int[Array, "B M"], RowStats, Float[Array, "B M V"]]:
+    """`_propose` with a Markov head: each MASK is told the draft before it, the first one the token just committed."""
+    before, drafted = state.pending[:, None], []
+    for depth in range(plan.num_masks):
+        row = slice(depth, depth + 1)
+        correction = module.markov.logits(module.markov_features(masks.hidden[:, row], before))
+        logits = masks.logits[:, row] + whole_logits(correction, plan)
+        drafted.append(_propose(module, plan, state, logits, depth))
+        before = drafted[-1][0]
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *drafted)
 
 
 def is_running(state: DecodeState) -> Array:

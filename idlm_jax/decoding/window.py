@@ -11,7 +11,7 @@ AR is the plan without drafts or groups, and ISD has one group behind its last d
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class Window(NamedTuple):
@@ -21,6 +21,13 @@ class Window(NamedTuple):
     positions: Int[Array, "B W"]
     visible: Bool[Array, "B W W"]
     is_mask: Bool[Array, "B W"]
+
+
+class Outputs(NamedTuple):
+    """What the model makes of rows."""
+
+    hidden: Float[Array, "B W D"]  # final hidden states
+    logits: Float[Array, "B W V"]  # float32
 
 
 def build_window(

@@ -15,6 +15,7 @@ from idlm_jax.array_types import Hidden, Logits, Positions, RowGate, Tokens
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.attention import Attend, Attention, RopeTables, causal_attend
 from idlm_jax.model.layers import GatedMlp, LayerStack, RMSNorm, rope_tables
+from idlm_jax.model.markov_head import MarkovHead
 from pallas_kernels.two_stream_attention import SAVED
 
 # Axis letters of every parameter, one entry per array; weight names and sharding rules are both derived from it.
@@ -83,7 +84,10 @@ class Block(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    """The decoder. `config.lora` adds gated adapters; without a gate they have no effect."""
+    """The decoder. `config.lora` adds gated adapters; without a gate they have no effect.
+
+    `config.markov_rank` adds a head that corrects drafts (`markov_head`), beside the model: no forward runs it.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draws fresh parameters: normal, 0.02 for embedding and head, 1/sqrt(fan-in) for projections."""
@@ -101,6 +105,8 @@ class Qwen3(nnx.Module):
         self.final_norm = RMSNorm(config.hidden_size, config)
         if not config.tie_embeddings:
             self.head = nnx.Param(normal(rngs.params(), table_shape, dtype))
+        if config.markov_rank is not None:
+            self.markov = MarkovHead(config, rngs=rngs)
 
     def hidden_states(
         self,
@@ -155,6 +161,14 @@ class Qwen3(nnx.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """Float32 scores of the next token for every given row."""
         return jnp.einsum("BTD,VD->BTV", hidden, self.head_weight(), preferred_element_type=jnp.float32)
+
+    def markov_features(self, hidden: Hidden, before: Tokens) -> Float[Array, "B T R"]:
+        """`MarkovHead.features` of MASK rows, given the tokens just before those that they predict.
+
+        The embedding is read and not trained by it.
+        """
+        embedded = jax.lax.stop_gradient(self.embedding[...])[before].astype(self.config.compute)
+        return self.markov.features(hidden, embedded)
 
     def __call__(self, tokens: Tokens) -> Logits:
         """Causal logits of whole sequences that start at position 0."""

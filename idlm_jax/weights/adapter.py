@@ -19,8 +19,10 @@ from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.weights.assemble import build_state, flat_variables, read_params
 from idlm_jax.weights.atomic_folder import atomic_folder
 from idlm_jax.weights.checkpoint import WeightsError, open_checkpoint
-from idlm_jax.weights.export import write_json, write_tensors
+from idlm_jax.weights.export import write_json
 from idlm_jax.weights.hf_names import adapted_modules, adapter_tensors
+from idlm_jax.weights.markov_head import read_markov_head, write_markov_head
+from idlm_jax.weights.tensor_file import write_tensors
 
 MARKER_FILE = "idlm_gate.json"
 _CONFIG_FILE = "adapter_config.json"
@@ -56,6 +58,8 @@ def export_adapter(
 ) -> None:
     """Writes `adapter_config.json`, `adapter_model.safetensors` and the gate marker; whole or not at all.
 
+    A Markov head goes into a folder `markov_head` beside them.
+
     Args:
         lm: model with an adapter and a MASK id.
         folder: destination.
@@ -70,6 +74,7 @@ def export_adapter(
     _check_adapted(lm)  # before a folder is made
     with atomic_folder(folder, overwrite=overwrite, marker=_CONFIG_FILE) as partial:
         write_adapter(lm, partial, base_model_name_or_path=base_model_name_or_path)
+        write_markov_head(lm, partial, None)
 
 
 def write_adapter(lm: LanguageModel, folder: Path, *, base_model_name_or_path: str, dtype: DType | None = None) -> None:
@@ -106,10 +111,10 @@ def _check_adapted(lm: LanguageModel) -> tuple[LoraConfig, int]:
 
 
 def load_adapter(lm: LanguageModel, folder: str | Path, *, mesh: Mesh | None = None) -> LanguageModel:
-    """The same base parameters, shared and not copied, with the adapter in `folder` beside them.
+    """The same base parameters, shared and not copied, with the adapter in `folder`, and its Markov head if it has one.
 
     Args:
-        lm: base model; an adapter that it already has is replaced.
+        lm: base model; an adapter and a Markov head that it already has are replaced.
         folder: written by `export_adapter`, or a PEFT adapter with a marker file added by hand.
         mesh: mesh that the base was loaded on.
 
@@ -122,7 +127,8 @@ def load_adapter(lm: LanguageModel, folder: str | Path, *, mesh: Mesh | None = N
     if problems:
         raise WeightsError(folder, problems)
     lora = LoraConfig(rank=int(peft_config["r"]), alpha=float(peft_config["lora_alpha"]))
-    config = dataclasses.replace(lm.config, lora=lora, mask_token_id=marker["mask_token_id"])
+    rank, head = read_markov_head(folder, lm.config, mesh)
+    config = dataclasses.replace(lm.config, lora=lora, mask_token_id=marker["mask_token_id"], markov_rank=rank)
     specs, checkpoint = adapter_tensors(config), open_checkpoint(folder, "adapter_model")
     checkpoint.check(specs)
     base = {
@@ -130,7 +136,7 @@ def load_adapter(lm: LanguageModel, folder: str | Path, *, mesh: Mesh | None = N
         for path, variable in flat_variables(lm.params).items()
         if not isinstance(variable, nnx.LoRAParam)
     }
-    graph, params = build_state(config, base | read_params(checkpoint, specs, config, mesh))
+    graph, params = build_state(config, base | head | read_params(checkpoint, specs, config, mesh))
     return dataclasses.replace(lm, graph=graph, params=params)
 
 

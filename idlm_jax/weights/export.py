@@ -1,25 +1,19 @@
 """From a `LanguageModel` to a Hugging Face folder that transformers and SGLang load."""
 
-import dataclasses
-import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from idlm_jax.config import DType, ModelConfig, to_hf_config
 from idlm_jax.model.language_model import LanguageModel
-from idlm_jax.weights.assemble import flat_variables
 from idlm_jax.weights.atomic_folder import atomic_folder
 from idlm_jax.weights.hf_names import TensorSpec, base_tensors
+from idlm_jax.weights.markov_head import write_markov_head
+from idlm_jax.weights.tensor_file import write_tensors
 
 # Fields of `to_hf_config` that say nothing about the logits: the source's own values are kept.
 _FREE_FIELDS = {"attention_dropout", "initializer_range", "sliding_window", "use_cache"}
@@ -37,7 +31,8 @@ def export_hf(
 ) -> None:
     """Writes safetensors (with an index when sharded), configs and tokenizer: the inverse of `load`.
 
-    The folder appears whole or not at all. Host memory holds one shard, twice while it is written.
+    The folder appears whole or not at all. Host memory holds one shard, twice while it is written. A Markov head goes
+    into a folder `markov_head` in it.
 
     A gated adapter cannot be merged: it acts on MASK rows only, while merged weights act on every row. Of a
     model with an adapter the base is exported; write the adapter with `export_adapter`.
@@ -57,6 +52,7 @@ def export_hf(
     """
     with atomic_folder(folder, overwrite=overwrite, marker="config.json") as partial:
         write_model(lm, partial, max_shard_bytes=max_shard_bytes, dtype=dtype)
+        write_markov_head(lm, partial, dtype)
 
 
 def write_model(
@@ -116,30 +112,6 @@ def exported_config(config: ModelConfig, source: Mapping[str, Any], dtype: DType
     return {**ours, **kept, **decided}
 
 
-def write_tensors(params: nnx.State, specs: Iterable[TensorSpec], file: Path, dtype: DType) -> None:
-    """Gathers the tensors of `specs` and writes them as one safetensors file that torch readers accept.
-
-    Args:
-        params: stacked, possibly sharded parameters.
-        specs: tensors to write; all of them are on the host at once.
-        file: destination; exists afterwards, complete or not.
-        dtype: dtype of the file.
-
-    Raises:
-        OSError: the disk is full or not writable.
-        NotImplementedError: parameters are spread over several processes.
-    """
-    arrays = flat_variables(params)
-    tensors = {spec.name: _gather(arrays[spec.path][...], spec, dtype) for spec in specs}
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # safetensors wraps a full disk in its own class; callers handle files by OSError.
-        raise OSError(f"cannot write {file.name}: {error}") from error
-    # safetensors creates files for their owner alone; a server often runs as somebody else.
-    file.chmod(0o644)
-
-
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON as Hugging Face does: indented by two, sorted, ending in a newline."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -158,26 +130,6 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int, itemsize: int
         size += num_bytes
     if shard:
         yield tuple(shard)
-
-
-def _gather(array: Float[Array, "..."], spec: TensorSpec, dtype: DType) -> Float[np.ndarray, "..."]:
-    if not array.is_fully_addressable:
-        raise NotImplementedError(
-            f"{'.'.join(spec.path)} is spread over several processes; export from one process, which can "
-            "load the checkpoint sharded over its own devices"
-        )
-    layer = None if spec.layer is None else np.int32(spec.layer)
-    # The transpose runs on the devices: numpy would walk a strided copy on one core.
-    return np.ascontiguousarray(_take(array, layer, dataclasses.replace(spec, name="", layer=None), dtype))
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _take(
-    array: Float[Array, "..."], layer: Int[Array | np.generic, ""] | None, layout: TensorSpec, dtype: DType
-) -> Float[Array, "..."]:
-    """One tensor in Hugging Face layout; `layout` is its spec without name and layer."""
-    ours = array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, 0, keepdims=False)
-    return layout.to_hf(ours).astype(dtype)
 
 
 def _generation_config(config: ModelConfig, source: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from idlm_jax.weights.adapter import load_adapter
 from idlm_jax.weights.assemble import build_state, read_params
 from idlm_jax.weights.checkpoint import open_checkpoint
 from idlm_jax.weights.hf_names import TIED_ALIASES, base_tensors
+from idlm_jax.weights.markov_head import read_markov_head
 from pallas_kernels.bodies import Body, choose_kernels
 from pallas_kernels.quantized_matmul import VALUE_DTYPES, Form
 
@@ -35,7 +36,8 @@ def load(
 ) -> LanguageModel:
     """Loads a Qwen3 checkpoint, or an I-DLM/SDAR-named one, whose tensors are Qwen3's.
 
-    Tensors are read one at a time straight into their sharding; see `read_params` for the memory bound.
+    Tensors are read one at a time straight into their sharding; see `read_params` for the memory bound. A Markov head
+    in the folder is loaded along.
 
     Args:
         path: local folder, or a hub id, which is fetched into the local hub cache.
@@ -81,7 +83,9 @@ def load(
         )
     specs, checkpoint = base_tensors(config), open_checkpoint(folder)
     checkpoint.check(specs, aliases=TIED_ALIASES if config.tie_embeddings else None)
-    graph, params = build_state(config, read_params(checkpoint, specs, config, mesh))
+    rank, head = read_markov_head(folder, config, mesh)
+    config = dataclasses.replace(config, markov_rank=rank)
+    graph, params = build_state(config, head | read_params(checkpoint, specs, config, mesh))
     lm = LanguageModel(graph, params, _load_tokenizer(folder), hf_config)
     return lm if adapter is None else load_adapter(lm, _local_folder(adapter), mesh=mesh)
 

@@ -86,19 +86,36 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
     width = len(prompt) + params.max_tokens + 2 * method.num_masks
 
     @jax.jit
-    def all_logits(tokens: jax.Array, is_mask: jax.Array) -> jax.Array:
+    def outputs(tokens: jax.Array, is_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         positions = jnp.arange(width, dtype=jnp.int32)[None]
         visible = jnp.tril(jnp.ones((width, width), bool))[None]
         hidden, _ = module.hidden_states(tokens, positions, causal_attend(visible), lora_gate=is_mask)
-        return module.logits(hidden)[0]
+        return hidden[0], module.logits(hidden)[0]
 
-    def rows(sequence: list[int], num_masks: int) -> np.ndarray:
+    def rows(sequence: list[int], num_masks: int) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.zeros((1, width), np.int32)
         is_mask = np.zeros((1, width), bool)
         tokens[0, : len(sequence)] = sequence
         is_mask[0, len(sequence) : len(sequence) + num_masks] = True
         tokens[is_mask] = mask_id or 0
-        return np.asarray(all_logits(jnp.asarray(tokens), jnp.asarray(is_mask)))
+        hidden, logits = outputs(jnp.asarray(tokens), jnp.asarray(is_mask))
+        return np.asarray(hidden), np.asarray(logits)
+
+    def corrected(logits: np.ndarray, hidden: np.ndarray, before: int) -> np.ndarray:
+        """What the MASK row says when the token before the one it predicts is known."""
+        if lm.config.markov_rank is None:
+            return logits
+        both = np.concatenate([normed(hidden), normed(np.asarray(module.embedding[...])[before])])
+        mix, shrink, columns = (
+            np.asarray(each[...], np.float64)
+            for each in (module.markov.mix, module.markov.shrink, module.markov.columns)
+        )
+        inner = both @ mix
+        return logits + columns @ ((inner / (1 + np.exp(-inner))) @ shrink)
+
+    def normed(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        return x / np.sqrt(np.mean(x**2) + lm.config.norm_eps)
 
     def probs(row: np.ndarray, before: list[int]) -> np.ndarray:
         return dense_probs(shaped(row, params, prompt, before[len(prompt) :], stops), params, mask_id)
@@ -115,7 +132,7 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
     confidence: list[float] = []
     end, stops = len(prompt) + params.max_tokens, {*params.stop_token_ids, *lm.config.eos_token_ids}
     while True:
-        logits = rows(committed + drafts, method.num_masks)
+        _, logits = rows(committed + drafts, method.num_masks)
         forwards += 1
         before, prefixes = list(committed), branches(confidence)
         new: list[int] = []
@@ -139,9 +156,10 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
                 return TwinResult(committed[len(prompt) :], forwards)
         drafts, draft_probs, confidence = [], [], []
         if len(accepted) in prefixes:
-            behind = rows(before + accepted, method.num_masks)  # one forward of its own, which the window spares
+            hidden, behind = rows(before + accepted, method.num_masks)  # a forward of its own, which the window spares
             for k in range(method.num_masks):
-                row = behind[len(before) + len(accepted) + k]
+                at = len(before) + len(accepted) + k
+                row = corrected(behind[at], hidden[at], (committed + drafts)[-1])
                 q = probs(row, committed)
                 argmax = isinstance(method, ISD) and method.proposals == "argmax"
                 draft = int(np.argmax(q)) if argmax else draw(q, params, len(committed) + k, Purpose.PROPOSE)

@@ -94,15 +94,31 @@ def dense_hidden(module, mask, phase=True):
     return hidden
 
 
+def dense_logits(module, hidden):
+    """Of both streams, the noisy half first; a Markov head tells a MASK row the true token at its own place."""
+    noisy, clean = jnp.split(module.logits(hidden), 2, axis=1)
+    if module.config.markov_rank is None:
+        return noisy, clean
+    batch, rows = packed_batch(), []
+    for b in range(len(batch.tokens)):
+        row = []
+        for i, token in enumerate(batch.tokens[b]):
+            x = [hidden[b, i], jax.lax.stop_gradient(module.embedding[...])[token]]
+            both = jnp.concatenate([each / jnp.sqrt(jnp.mean(each**2) + module.config.norm_eps) for each in x])
+            correction = jax.nn.silu(both @ module.markov.mix[...]) @ module.markov.shrink[...]
+            row.append(float(batch.is_response[b, i]) * (module.markov.columns[...] @ correction))
+        rows.append(jnp.stack(row))
+    return noisy + jnp.stack(rows), clean
+
+
 def dense_terms(module, block_length, label_rows=LabelRows.MASK_ROWS, phase=True):
     """CE_noisy and CE_clean from materialised logits."""
     mask, labels, *scored = dense_layout(block_length, label_rows, phase)
-    log_probs = jax.nn.log_softmax(module.logits(dense_hidden(module, mask, phase)))
-    halves = jnp.split(log_probs, 2, axis=1)
+    halves = dense_logits(module, dense_hidden(module, mask, phase))
     means = []
     for half, rows in zip(halves, scored, strict=True):
         b, i = np.nonzero(rows)
-        means.append(-jnp.mean(half[b, i, jnp.asarray(labels[b, i])]))
+        means.append(-jnp.mean(jax.nn.log_softmax(half)[b, i, jnp.asarray(labels[b, i])]))
     return tuple(means)
 
 
@@ -114,7 +130,7 @@ def dense_loss(module, chosen, alpha):
     mask, labels, noisy_scored, clean_scored = dense_layout(chosen.block_length, chosen.label_rows)
     batch = packed_batch()
     length = batch.tokens.shape[1]
-    logits = jnp.split(module.logits(dense_hidden(module, mask)), 2, axis=1)
+    logits = dense_logits(module, dense_hidden(module, mask))
     b, i = np.nonzero(noisy_scored)
     label = jnp.asarray(labels[b, i])
     ce = -jax.nn.log_softmax(logits[0][b, i])[jnp.arange(len(b)), label]
@@ -139,7 +155,7 @@ def dense_loss(module, chosen, alpha):
 
 def with_random_adapter(module):
     """The same base with an adapter whose B is not zero."""
-    adapted = tiny_module(lora=LORA)
+    adapted = tiny_module(lora=LORA, markov_rank=module.config.markov_rank)
     nnx.update(adapted, nnx.state(module, nnx.Not(nnx.LoRAParam)))
     adapter = nnx.state(adapted, nnx.LoRAParam)
     leaves, tree = jax.tree.flatten(adapter)

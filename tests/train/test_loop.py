@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.weights import load
 from tests.support.tiny_run import TINY_MODEL, tiny_dataset, tiny_run
 from train.config import ConfigError
@@ -142,6 +143,23 @@ def test_lora_leaves_the_base_alone_and_exports_an_adapter(ar_run, dataset, tmp_
     np.testing.assert_array_equal(adapted.logits(ids), plain.logits(ids))
     factors = adapted.module.blocks.attention.q.lora_b[...]
     assert float(jnp.abs(factors).max()) > 0
+
+
+def test_a_markov_head_is_trained_exported_and_trained_on(ar_run, dataset, tmp_path):
+    def run(name: str, **changes) -> LanguageModel:
+        config = tiny_run(
+            dataset, tmp_path, run_name=name, objective="introspective", model=None, steps=2, block_length=2, **changes
+        )
+        return load(run_training(config, echo=lambda line: None).export_dir, dtype="float32")
+
+    first = run("first", init_from=str(ar_run[1].export_dir), markov_rank=3)
+    assert first.config.markov_rank == 3
+    assert float(jnp.abs(first.module.markov.columns[...]).max()) > 0
+    # Its rank is the checkpoint's where none is given; a rate of nothing shows where it starts.
+    again = run("again", init_from=str(tmp_path / "first" / "hf"), learning_rate=1e-30)
+    np.testing.assert_array_equal(again.module.markov.columns[...], first.module.markov.columns[...])
+    with pytest.raises(ValueError, match="the head in init_from has rank 3"):
+        run("other", init_from=str(tmp_path / "first" / "hf"), markov_rank=4)
 
 
 def test_a_requested_stop_saves_and_the_same_call_goes_on(dataset, tmp_path):

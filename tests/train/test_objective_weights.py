@@ -70,6 +70,48 @@ def test_an_adapter_is_distilled_from_the_frozen_base():
     np.testing.assert_allclose(metrics["tv"].mean, np.mean(terms["tv"]), rtol=1e-5)
 
 
+def module_with_head():
+    """Corrections of a few units, too."""
+    module = sharpen(tiny_module(markov_rank=5), 20.0)
+    for each in (module.markov.mix, module.markov.shrink):
+        each[...] = 0.3 * each[...]
+    return module
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["full", "adapter"])
+def test_a_markov_head_is_trained_by_every_term(with_adapter):
+    """Also with AutoModel's labels, where a prompt row that is no MASK is scored: the head leaves that one alone."""
+    chosen = settings(3, kl_weight=1.0, tv_weight=2.0, label_rows=LabelRows.AUTOMODEL)
+    module = with_random_adapter(module_with_head()) if with_adapter else module_with_head()
+    kind = nnx.LoRAParam if with_adapter else nnx.Param
+    alpha = 0.0 if with_adapter else 0.2
+    ours, grads = value_and_grads(
+        lambda module: introspective_loss(module, packed_batch(), chosen)[0], module, wrt=kind
+    )
+    expected, expected_grads = value_and_grads(
+        lambda module: dense_loss(module, chosen, lambda noisy, clean: alpha)[0], module, wrt=kind
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    # As above, and columns beside a sharp head: the largest of these gradients is 9.
+    assert largest_difference(grads, expected_grads) < 2e-4
+    assert all(float(jnp.abs(leaf[...]).max()) > 0.01 for leaf in grads["markov"].values())
+
+
+def test_acceptance_is_measured_with_the_head():
+    """As the loss has it: TV, where it is computed, is one minus the acceptance."""
+    chosen = settings(3, tv_weight=1.0)
+
+    def both(module):
+        _, metrics = introspective_loss(module, packed_batch(), chosen)
+        return metrics, measure_acceptance(module, packed_batch(), chosen)
+
+    metrics, measured = jitted(both, module_with_head())
+    _, without = jitted(both, sharp_module())
+    np.testing.assert_allclose(measured["acceptance"].mean, 1 - metrics["tv"].mean, rtol=1e-5)
+    np.testing.assert_allclose(measured["ce_noisy"].mean, metrics["ce_noisy"].mean, rtol=1e-5)
+    assert abs(float(measured["ce_noisy"].mean - without["ce_noisy"].mean)) > 0.05
+
+
 def test_divergences_are_reported_by_depth_and_tv_is_one_minus_the_acceptance():
     chosen = settings(3, kl_weight=0.1, depth_weights=(3.0, 2.0, 1.0))
 
