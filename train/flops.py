@@ -9,14 +9,16 @@ all projections of all blocks, V D those of the head, and `attended` the visible
     introspective 6 M 2T             6 V D (noisy + clean)                 12 N H attended
     with lora     4 M T + 2 M T      V D (4 noisy + 2 clean)               4 N H attended + 8 N H attended / 2
                   + 6 A T
+    a Markov head                    6 K noisy
 
-for T tokens, `noisy` and `clean` scored rows, and A weights of an adapter. KL and TV add the teacher's and the
-student's logits and the student's gradient: V D 8 noisy, 6 with lora.
+for T tokens, `noisy` and `clean` scored rows, A weights of an adapter, and K of a Markov head. KL and TV add the
+teacher's and the student's logits and the student's gradient: V D 8 noisy, 6 with lora; with the head, 6 K noisy.
 """
 
 from typing import NamedTuple
 
 from idlm_jax.config import ModelConfig
+from idlm_jax.model.markov_head import markov_shapes
 
 
 class Work(NamedTuple):
@@ -50,6 +52,13 @@ def adapter_weights(config: ModelConfig) -> int:
     return config.num_layers * config.lora.rank * (ends + 3 * (config.hidden_size + config.mlp_size))
 
 
+def markov_weights(config: ModelConfig) -> int:
+    """K: all of a Markov head; 0 without one."""
+    if config.markov_rank is None:
+        return 0
+    return sum(rows * columns for rows, columns in markov_shapes(config, config.markov_rank).values())
+
+
 def full_rows(rows: int, row_len: int) -> Work:
     """The most that a batch can be: rows without padding, one document each, every token scored."""
     tokens = float(rows * row_len)
@@ -60,9 +69,10 @@ def formula(config: ModelConfig, *, is_ar: bool) -> str:
     """The count of `step_flops`, in the letters of this module's docstring, for people."""
     if is_ar:
         return "6 M T + 6 V D clean + 6 layers N H attended"
+    markov = "" if config.markov_rank is None else " + 6 K noisy"
     if config.lora is None:
-        return "12 M T + 6 V D (noisy + clean) + 12 layers N H attended"
-    return "(6 M + 6 A) T + V D (4 noisy + 2 clean) + 8 layers N H attended"
+        return f"12 M T + 6 V D (noisy + clean) + 12 layers N H attended{markov}"
+    return f"(6 M + 6 A) T + V D (4 noisy + 2 clean) + 8 layers N H attended{markov}"
 
 
 def step_flops(config: ModelConfig, work: Work, *, is_ar: bool, has_divergence: bool) -> float:
@@ -78,11 +88,12 @@ def step_flops(config: ModelConfig, work: Work, *, is_ar: bool, has_divergence: 
     pair = config.num_layers * config.num_heads * config.head_dim
     if is_ar:
         return float(6 * projections * work.tokens + 6 * head * work.clean + 6 * pair * work.attended)
+    markov = 6 * markov_weights(config) * work.noisy * (1 + has_divergence)
     if config.lora is None:
         flops = 12 * projections * work.tokens + 6 * head * (work.noisy + work.clean) + 12 * pair * work.attended
-        return float(flops + 8 * head * work.noisy * has_divergence)
+        return float(flops + 8 * head * work.noisy * has_divergence + markov)
     flops = (6 * projections + 6 * adapter_weights(config)) * work.tokens + head * (4 * work.noisy + 2 * work.clean)
-    return float(flops + 8 * pair * work.attended + 6 * head * work.noisy * has_divergence)
+    return float(flops + 8 * pair * work.attended + 6 * head * work.noisy * has_divergence + markov)
 
 
 def recomputed_flops(config: ModelConfig, work: Work, *, is_ar: bool) -> float:

@@ -160,6 +160,16 @@ def along_stream(array: Array) -> Array:
     return _lay(array, STREAM)
 
 
+def for_lookup(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """An embedding as a lookup of rows cut over "context" can read it: itself not cut over "context".
+
+    Left to itself, XLA finds no way from columns over "context" to rows over it, and makes the table and the sum of its
+    gradient whole on every device, in float32.
+    """
+    whole = table.shape[1] % jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
+    return _lay(table, P("tensor", None if whole else "fsdp"))
+
+
 def per_head(fn: Callable[[Queries, tuple[Keys, ...], Any], Queries]) -> Callable[..., Queries]:
     """Attention `fn(q, keys, rows)` on each device's own heads, given whole sequences of them.
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,7 +21,7 @@ from pallas_kernels.linear_distillation import linear_distillation
 from pallas_kernels.two_stream_attention import noisy_attention, packed_causal_attention, two_stream_attention
 from train.batch import Batch
 from train.layout import LabelRows, Layout, ObjectiveSettings, RowCounts, lay_out
-from train.mesh import STREAM, TOKENS, along_stream, layer_stack, per_device, per_head, vocab_axis
+from train.mesh import STREAM, TOKENS, along_stream, for_lookup, layer_stack, per_device, per_head, vocab_axis
 
 
 class RowMean(NamedTuple):
@@ -216,6 +217,7 @@ def clean_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B L D"]:
 
 def two_stream_hidden(module: Qwen3, layout: Layout) -> Float[Array, "B T D"]:
     """Final hidden states of `[x_t | x_0]`, the noisy half first; an adapter acts on the MASK rows."""
+    module = _embeddings_laid_for_lookup(module)
     mask_id = jnp.asarray(mask_token_id(module), layout.tokens.dtype)
     noisy_tokens = jnp.where(layout.is_mask, mask_id, layout.tokens)
     if module.config.lora is not None:
@@ -309,6 +311,13 @@ def _packed_causal(module: Qwen3, layout: Layout, q: Queries, keys: tuple[Keys, 
 
 def _row_indices(layout: Layout) -> RowIndices:
     return {name: getattr(layout, name) for name in ("segment_ids", "positions", "block_start")}
+
+
+def _embeddings_laid_for_lookup(module: Qwen3) -> Qwen3:
+    graph, params = nnx.split(module)  # which may come from outside the trace, where it must not be changed
+    table: Any = params["embedding"]
+    params["embedding"] = table.replace(for_lookup(table[...]))
+    return nnx.merge(graph, params)
 
 
 def mask_token_id(module: Qwen3) -> int:

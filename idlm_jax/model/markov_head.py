@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from idlm_jax.array_types import Hidden, Logits
 from idlm_jax.config import ModelConfig
+from idlm_jax.model.layers import vocabulary_product
 
 # As `PARAM_AXES` of the model. C: hidden state and embedding side by side; M: inner width; both are small and whole.
 MARKOV_AXES: dict[tuple[str, ...], str] = {
@@ -71,7 +72,7 @@ class MarkovHead(nnx.Module):
 
     def logits(self, features: Float[Array, "B T R"]) -> Logits:
         """What is added to the rows' logits; float32."""
-        return jnp.einsum("BTR,VR->BTV", features, self.weight(), preferred_element_type=jnp.float32)
+        return vocabulary_product(features, self.weight())
 
     def _normed(self, x: Hidden) -> Hidden:
         # Embeddings and hidden states differ by orders of magnitude, and from model to model.

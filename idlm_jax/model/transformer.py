@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from idlm_jax.array_types import Hidden, Logits, Positions, RowGate, Tokens
 from idlm_jax.config import ModelConfig
 from idlm_jax.model.attention import Attend, Attention, RopeTables, causal_attend
-from idlm_jax.model.layers import GatedMlp, LayerStack, RMSNorm, rope_tables
+from idlm_jax.model.layers import GatedMlp, LayerStack, RMSNorm, rope_tables, vocabulary_product
 from idlm_jax.model.markov_head import MarkovHead
 from pallas_kernels.two_stream_attention import SAVED
 
@@ -160,7 +160,7 @@ class Qwen3(nnx.Module):
 
     def logits(self, hidden: Hidden) -> Logits:
         """Float32 scores of the next token for every given row."""
-        return jnp.einsum("BTD,VD->BTV", hidden, self.head_weight(), preferred_element_type=jnp.float32)
+        return vocabulary_product(hidden, self.head_weight())
 
     def markov_features(self, hidden: Hidden, before: Tokens) -> Float[Array, "B T R"]:
         """`MarkovHead.features` of MASK rows, given the tokens just before those that they predict.

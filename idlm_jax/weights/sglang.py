@@ -82,7 +82,9 @@ def export_sglang(
         if has_adapter:
             (partial / ADAPTER_FOLDER).mkdir()
             write_adapter(lm, partial / ADAPTER_FOLDER, base_model_name_or_path=str(folder), dtype=dtype)
-        (partial / README_FILE).write_text(_readme(command, strides, has_adapter=has_adapter))
+        has_markov_head = lm.config.markov_rank is not None
+        readme = _readme(command, strides, has_adapter=has_adapter, has_markov_head=has_markov_head)
+        (partial / README_FILE).write_text(readme)
     return command
 
 
@@ -141,7 +143,7 @@ def _name_tokenizer_for_4(file: Path) -> None:
     write_json(file, content)
 
 
-def _readme(command: Sequence[str], strides: Sequence[int], *, has_adapter: bool) -> str:
+def _readme(command: Sequence[str], strides: Sequence[int], *, has_adapter: bool, has_markov_head: bool) -> str:
     shell = " \\\n    ".join(_by_option(command))
     files = ", ".join(f"`{yaml_name(each)}` (N = {each})" for each in strides)
     lines = [
@@ -162,6 +164,12 @@ def _readme(command: Sequence[str], strides: Sequence[int], *, has_adapter: bool
             "",
             f"`{ADAPTER_FOLDER}/` acts on MASK rows only (`conditional_lora: true` in the files). Requests say "
             f'`"model": "{ADAPTER_NAME}"`; under any other name the server drafts without it.',
+        ]
+    if has_markov_head:
+        lines += [
+            "",
+            "The model was trained with a Markov head, which that server has no place for. It is left out, and drafts "
+            "are accepted less often than where they were measured with it.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -49,10 +49,11 @@ def compile_decode_step(
     pool_tokens: int,
     num_masks: int = 3,
     quantize: Form | None = None,
+    markov_rank: int | None = None,
     dump: str | None = None,
 ) -> tuple[Compiled, DecodeState]:
     """One donated forward of a running batch of Qwen3-8B on one device; `dump` as in `compile_for`."""
-    config = dataclasses.replace(QWEN3_8B, kernels=BY_NAME[kernels], quantize=quantize)
+    config = dataclasses.replace(QWEN3_8B, kernels=BY_NAME[kernels], quantize=quantize, markov_rank=markov_rank)
     plan = StepPlan(
         num_masks=num_masks,
         argmax_proposals=False,

@@ -55,6 +55,12 @@ def test_an_adapter_has_the_weights_that_the_model_draws():
     assert flops.adapter_weights(module.config) == drawn
 
 
+def test_a_markov_head_has_the_weights_that_the_model_draws():
+    module = tiny_module(markov_rank=3)
+    drawn = sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.LoRAParam)))
+    assert flops.markov_weights(module.config) == drawn
+
+
 def test_a_frozen_base_saves_its_weight_gradients_and_the_clean_backward_pass():
     full = QWEN3_SIZES["Qwen3-8B"]
     frozen = dataclasses.replace(full, lora=LoraConfig(rank=1, alpha=1.0))
