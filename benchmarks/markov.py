@@ -1,5 +1,7 @@
 """What the Markov head is worth: the same adapters trained with and without it, decoded alike.
 
+Fails where greedy tokens are not those of AR.
+
     python -m train configs/tiny_markov_cpu.yaml
     python -m train configs/tiny_markov_cpu.yaml block_length=7 run_name=tiny_markov_b7
     python -m train configs/tiny_lora_cpu.yaml block_length=7 run_name=tiny_lora_b7
@@ -20,6 +22,7 @@ from benchmarks.branches import rules, summary
 from benchmarks.record import origin, provenance, write
 from idlm_jax.cli.evaluate import heldout_means
 from idlm_jax.decoding.generate import Completion
+from idlm_jax.decoding.method import AR
 from train.data import heldout_prompts
 
 RESULTS = Path("benchmarks/results/markov")
@@ -56,6 +59,7 @@ def measure(
         if rule in RULES
     ]
     baseline: list[Completion] = []
+    greedy: list[list[int]] | None = None
     for temperature, stride, name, rule, method in tqdm(plan, unit="rule"):
         params = [
             idlm_jax.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
@@ -64,6 +68,11 @@ def measure(
         completions = idlm_jax.generate(models[name], prompts, method, params, batch_size=32)
         if (name, rule) == ("no head", "official"):
             baseline = completions
+        if temperature == 0:
+            if greedy is None:
+                greedy = [each.token_ids for each in idlm_jax.generate(models[name], prompts, AR(), params)]
+            if [each.token_ids for each in completions] != greedy:
+                raise AssertionError(f"{name}, {method}: greedy tokens differ from AR's")
         found = summary(completions, method, baseline, seed=stride)
         rows.append({"temperature": temperature, "stride": stride, "adapter": name, "rule": rule, **found})
     record = {
