@@ -73,9 +73,9 @@ SECTIONS = (
     Section(
         "Load-aware stride",
         "load_aware/tiny-cpu.md",
-        'Aim: "auto" within 2 % of the best fixed setting at every number of callers, and never below AR. On this CPU AR '
-        'is the best setting everywhere, and "auto" takes it for nearly all steps; every interval holds 1, and the '
-        "machine's noise is larger than the aim ([0017](decisions/0017-coupled-and-auto.md)).",
+        'Aim: "auto" within 2 % of the best fixed setting at every number of callers, and never below AR. On a CPU the '
+        'best setting is AR, and "auto" takes it for nearly all steps; every interval holds 1, and the noise is '
+        "larger than the aim ([0017](decisions/0017-coupled-and-auto.md)).",
     ),
     Section(
         "Consistency",

@@ -30,9 +30,9 @@ SMALL = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[Path, Path]:
-    """A model of four key heads that eight query heads read, with an adapter that does something."""
+    """A model of four key heads that eight query heads read, with an adapter and a Markov head that do something."""
     lora = LoraConfig(rank=4, alpha=4.0)
-    module = tiny_module(3, vocab_size=12, mask_token_id=11, num_heads=8, num_kv_heads=4, lora=lora)
+    module = tiny_module(3, vocab_size=12, mask_token_id=11, num_heads=8, num_kv_heads=4, lora=lora, markov_rank=4)
     lm = from_module(randomize_adapter(sharpen(module, 4.0), scale=0.1))
     base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
     export_adapter(lm, adapter, base_model_name_or_path=str(base))
