@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from benchmarks.device import exact, serve_steps, torch_rivals, train_steps
+from benchmarks.device import convert, exact, serve_steps, torch_rivals, train_steps
 from benchmarks.device.budget import Budget
 from benchmarks.device.case import KERNEL_BODY, Case, setting_of
 from benchmarks.device.cases import OPS, cases_of
 from benchmarks.device.checks import FAIL, check_all
 from benchmarks.device.compiling import Compiler
+from benchmarks.device.convert import ConvertCase
 from benchmarks.device.exact import ExactCase, compare
 from benchmarks.device.floors import measure_floors
 from benchmarks.device.report import Report, default_folder, describe_environment
@@ -34,6 +35,8 @@ Checks, times and tunes the kernels on the accelerator of this machine.
   run.sh serve                       the server's decode step, 8B: AR and ISD at several batches and contexts
   run.sh exact                       tiny model, 1,120 prompts: R-ISD against AR, tokens and logit checksums; resumed
                                      where --out holds part of it from this device, revision and driver
+  run.sh convert                     trains a parent of 57M parameters on the Python packages of this machine, converts
+                                     it (adapter and whole, our recipe and the paper's), decodes; goes on if run again
   run.sh kernels --dry               the same path on a CPU in seconds: tiny shapes, interpreters, no figures
 
 A run ends within --budget-s whatever happens: what no longer fits is listed as "skipped (time)".
@@ -144,13 +147,26 @@ def run_exact(options: argparse.Namespace, cases: list[ExactCase], report: Repor
         _finish(compiler, report, budget, options.out, "exact")
 
 
-OWN_CASES: dict[str, Any] = {"train": train_steps, "serve": serve_steps, "exact": exact}
+def run_convert(options: argparse.Namespace, cases: list[ConvertCase], report: Report, budget: Budget) -> None:
+    """Trains a parent on this machine's Python packages and converts it: acceptance, tokens per forward, curves."""
+    compiler = Compiler()
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for lines in convert.convert(cases, options.out, budget):
+            report.conversions = lines
+            report.write(options.out, "convert")
+    finally:
+        _finish(compiler, report, budget, options.out, "convert")
+
+
+OWN_CASES: dict[str, Any] = {"train": train_steps, "serve": serve_steps, "exact": exact, "convert": convert}
 PARTS: dict[str, Callable[[argparse.Namespace, Any, Report, Budget], None]] = {
     "kernels": run_kernels,
     "tune": run_tune,
     "train": run_train,
     "serve": run_serve,
     "exact": run_exact,
+    "convert": run_convert,
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks.device.checks import FAIL, Check
+from benchmarks.device.convert import Conversion
 from benchmarks.device.exact import ExactLine
 from benchmarks.device.floors import Floors
 from benchmarks.device.serve_steps import ServeSpeed
@@ -39,6 +40,7 @@ class Report:
         steps: whole training steps.
         serving: decode steps of the server.
         exact: R-ISD against AR, bit for bit.
+        conversions: a parent trained here, and what was made of it.
         torch: lines of `torch_rivals.py`, or why there are none.
         candidates: tile choices.
         tiles_entry: the winners, as text for `tiles.py`.
@@ -53,6 +55,7 @@ class Report:
     steps: list[StepSpeed] = dataclasses.field(default_factory=list)
     serving: list[ServeSpeed] = dataclasses.field(default_factory=list)
     exact: list[ExactLine] = dataclasses.field(default_factory=list)
+    conversions: list[Conversion] = dataclasses.field(default_factory=list)
     torch: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     tiles_entry: str = ""
@@ -122,6 +125,12 @@ class Report:
                 "AR in batches, against AR of the base model without its adapter, one prompt at a time, in the same "
                 "dtype and mode. The default mode promises no bits and reports no checksums.\n\n"
                 + _table(*_exact_rows(self.exact))
+            )
+        if self.conversions:
+            sections.append(
+                "## Conversions\n\nA parent from nothing on this machine's Python packages, and conversions of it, on "
+                "held-out rows and prompts. Acceptance is teacher-forced, at temperature 1. Decoding is in bfloat16, "
+                "where a tie may part ISD from AR.\n\n" + _table(*_conversion_rows(self.conversions))
             )
         if self.torch:
             sections.append(
@@ -258,6 +267,27 @@ def _exact_rows(lines: list[ExactLine]) -> tuple[list[str], list[list[str]]]:
     ]
     header = ["case", "prompts", "tokens", "differing tokens", "differing checksums", "prompts that differ"]
     return [*header, "drafts accepted", "note"], rows
+
+
+def _conversion_rows(lines: list[Conversion]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for line in lines:
+        depths = [value for name, value in sorted(line.heldout.items()) if name.startswith("acceptance/depth_")]
+        rows.append(
+            [
+                line.case,
+                f"{line.steps:,}",
+                f"{line.tokens / 1e6:.1f}",
+                _figure(line.ms_per_step, "{:.1f}"),
+                _figure(line.heldout.get("ce_clean"), "{:.3f}"),
+                _figure(line.heldout.get("acceptance"), "{:.3f}"),
+                " ".join(f"{value:.3f}" for value in depths),
+                "; ".join(f"{name} {value:.4g}" for name, value in line.tokens_per_forward.items()),
+                line.note,
+            ]
+        )
+    header = ["case", "steps", "M tokens", "ms/step", "clean loss", "acceptance", "by depth", "TPF", "note"]
+    return header, rows
 
 
 def _torch_rows(lines: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -128,6 +128,18 @@ def test_dry_training_steps_run_and_publish_no_figure(tmp_path: Path):
 
 
 @pytest.mark.proof
+@pytest.mark.proof
+def test_dry_conversion_trains_a_parent_and_converts_it_and_publishes_no_time(tmp_path: Path):
+    done = run_sh("convert", "--dry", out=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parent, adapter = json.loads((tmp_path / "convert.json").read_text())["conversions"]
+    assert (parent["note"], adapter["note"]) == ("", "")
+    assert parent["ms_per_step"] is None
+    assert adapter["heldout"]["acceptance/depth_2"] > 0
+    assert adapter["tokens_per_forward"]["ISD N=2, T=0"] >= 1
+    assert (tmp_path / "convert_adapter_ours.jsonl").is_file()
+
+
 def test_dry_serving_steps_run_and_publish_no_figure(tmp_path: Path):
     assert main(["serve", "--dry", "--out", str(tmp_path)]) == 0
     speeds = json.loads((tmp_path / "serve.json").read_text())["serving"]
