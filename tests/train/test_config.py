@@ -12,13 +12,13 @@ from train.__main__ import main
 from train.config import (
     ALIASES,
     ConfigError,
-    DatasetBuild,
     config_from_mapping,
     describe_keys,
     load_config,
     to_yaml,
 )
 from train.data import DatasetSettings
+from train.dataset_config import DatasetBuild
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 VALID = {
