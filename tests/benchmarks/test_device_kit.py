@@ -80,6 +80,7 @@ def floors(copy_gb_s=4000.0, matmul_tflop_s=800.0) -> Floors:
 # The command
 
 
+@pytest.mark.proof
 def test_dry_run_checks_kernels_and_publishes_no_figure(tmp_path: Path):
     done = run_sh("kernels", "--dry", "--only", "quantized_matmul,gated_lora,linear_cross_entropy", out=tmp_path)
     assert done.returncode == 0, done.stderr

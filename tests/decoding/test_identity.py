@@ -101,7 +101,7 @@ def test_every_stride_decodes(idlm, stride):
     assert ids(generate(idlm, prompts, ISD(stride=stride), GREEDY)) == ids(generate(idlm, prompts, AR(), GREEDY))
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_request_is_the_same_alone_and_in_any_batch(r_isd):
     prompts = random_prompts(8, 30, 11, seed=5)
     params = [

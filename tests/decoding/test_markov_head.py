@@ -65,6 +65,7 @@ def test_greedy_tokens_are_those_of_ar(lm, method):
     assert 0.02 < accepted / verified < 0.95
 
 
+@pytest.mark.proof
 def test_bitwise_tokens_and_logits_are_those_of_ar(lm):
     prompts = random_prompts(12, 20, 11)
     isd, ar = (generate(lm, prompts, method, GREEDY, deterministic="bitwise") for method in (ISD(stride=4), AR()))

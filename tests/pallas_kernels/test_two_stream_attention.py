@@ -32,6 +32,12 @@ TILES = {
 NAMES = ("q_noisy", "k_noisy", "v_noisy", "q_clean", "k_clean", "v_clean")
 
 every_body = pytest.mark.parametrize("body", BODIES, ids=lambda body: body.value)
+# The TPU's interpreter takes half a minute of some.
+quick_bodies = pytest.mark.parametrize(
+    "body",
+    [pytest.param(body, marks=pytest.mark.proof) if body is Body.TPU else body for body in BODIES],
+    ids=lambda body: body.value,
+)
 every_kernel = pytest.mark.parametrize("body", [Body.TRITON, Body.TPU], ids=lambda body: body.value)
 
 
@@ -121,7 +127,7 @@ def test_rows_see_exactly_what_the_definition_says(body):
         np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-@every_body
+@quick_bodies
 def test_bfloat16_streams_are_scored_in_float32(body):
     outs, grads = run(body, "bfloat16")
     for got, want in zip(outs, by_definition("bfloat16"), strict=True):
@@ -180,7 +186,7 @@ def test_zero_cotangents_give_exact_zeros(body):
         np.testing.assert_array_equal(grad[1], 0)
 
 
-@every_body
+@quick_bodies
 def test_the_noisy_stream_over_a_constant_clean_one_has_the_same_bits_and_gradients(body):
     @jax.jit
     def out_and_grads(arrays, indices, bar):

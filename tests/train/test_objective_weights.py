@@ -78,7 +78,7 @@ def module_with_head():
     return module
 
 
-@pytest.mark.parametrize("with_adapter", [False, True], ids=["full", "adapter"])
+@pytest.mark.parametrize("with_adapter", [pytest.param(False, marks=pytest.mark.proof), True], ids=["full", "adapter"])
 def test_a_markov_head_is_trained_by_every_term(with_adapter):
     """Also with AutoModel's labels, where a prompt row that is no MASK is scored: the head leaves that one alone."""
     chosen = settings(3, kl_weight=1.0, tv_weight=2.0, label_rows=LabelRows.AUTOMODEL)
