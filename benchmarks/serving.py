@@ -22,7 +22,7 @@ from train.data import heldout_prompts
 from train.data.tokenizer import load_tokenizer
 
 BASE, DATASET = "assets/tiny-qwen3-py", Path("runs/data/stdlib_256_lora")
-SERVER = ["--dtype", "float32", "--max-running-requests", "32", "--no-extras", "--context-length", "256"]
+SERVER = ["--dtype", "float32", "--max-running-requests", "16", "--no-extras", "--context-length", "256"]
 
 
 def main(
@@ -30,16 +30,19 @@ def main(
     block_model: Annotated[Path, typer.Option(help="Trained for block diffusion in blocks of 4.")] = Path(
         "runs/story/block_diffusion_own_token-seed0/hf"
     ),
-    strides: Annotated[str, typer.Option(help="Of ISD, as `serve.bench --strides` has them.")] = "4,4x2,8x2",
+    strides: Annotated[str, typer.Option(help="Of ISD, as `serve.bench --strides` has them.")] = "4,4x2",
     concurrency: Annotated[str, typer.Option(help="Callers at once, comma-separated.")] = "1,4,16",
     num_prompts: Annotated[int, typer.Option(help="Of each load, system and round.")] = 64,
     rounds: Annotated[int, typer.Option(help="Counted; a warm-up comes first.")] = 3,
     out: Annotated[Path, typer.Option(help="New folder.")] = Path("benchmarks/results/serve/baselines"),
 ) -> None:
-    """Starts the servers one after the other, puts load on all in turns, and writes what `serve.bench` writes."""
+    """Starts the servers, puts load on all in turns, and writes what `serve.bench` writes."""
     adapted = ["--model-path", BASE, "--adapter", str(adapter)]
-    systems = [(stride, adapted) for stride in (*strides.split(","), "two-pass-4")]
-    systems += [("block-4", ["--model-path", str(block_model)]), ("1", ["--model-path", BASE])]
+    systems: list[tuple[list[str], list[str]]] = [
+        ([*strides.split(","), "two-pass-4"], adapted),
+        (["block-4"], ["--model-path", str(block_model)]),
+        (["1"], ["--model-path", BASE]),
+    ]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         prompts = Path(folder) / "prompts.jsonl"
         tokenizer = load_tokenizer(DATASET / "tokenizer")
@@ -47,9 +50,9 @@ def main(
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         endpoints = [
             endpoint
-            for stride, model in systems
+            for methods, model in systems
             for endpoint in running.enter_context(
-                started_servers([stride], [*model, *SERVER], log_folder=Path(folder), api_key=None, timeout_s=1800)
+                started_servers(methods, [*model, *SERVER], log_folder=Path(folder), api_key=None, timeout_s=1800)
             )
         ]
         targets = [word for each in endpoints for word in ("--target", f"{each.name}={each.url}")]
