@@ -96,7 +96,8 @@ SECTIONS = (
     Section(
         "The story's systems",
         "story/tiny-cpu.md",
-        "What each way of training makes of the same base on the same rows (three seeds). As found: drafts of introspective training agree with their check more often than those "
+        "What each way of training makes of the same base on the same rows (three seeds). As found: drafts of "
+        "introspective training agree with their check more often than those "
         "of block diffusion, and the more the farther ahead. It alone decodes faster than AR while its text stays "
         "close to AR's by the base model's judgement; at this size block diffusion, with a forward to commit each "
         "block, is slower than AR or level. At temperature 1 the official rule's text is more likely under the base "
