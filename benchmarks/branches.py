@@ -102,6 +102,16 @@ def measure(
     print(markdown(record))
 
 
+def figures(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What `summary` found, for a table: TPF, its ratio, rows a token, acceptance by depth."""
+    low, high = row["tokens_per_forward_interval"]
+    below, above = row["over_official_interval"]
+    tpf = f"{row['tokens_per_forward']:.3f} ({low:.3f}-{high:.3f})"
+    over = f"{row['over_official']:.3f} ({below:.3f}-{above:.3f})"
+    rows = "" if row["rows_per_token"] is None else f"{row['rows_per_token']:.2f}"
+    return tpf, over, rows, " ".join(f"{each:.2f}" for each in row["accepted_by_depth"])
+
+
 def markdown(record: dict[str, Any]) -> str:
     """The table."""
     lines = [
@@ -114,14 +124,11 @@ def markdown(record: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
-        low, high = row["tokens_per_forward_interval"]
-        below, above = row["over_official_interval"]
-        depths = " ".join(f"{each:.2f}" for each in row["accepted_by_depth"])
-        rows = "" if row["rows_per_token"] is None else f"{row['rows_per_token']:.2f}"
-        ratio = "" if row["rule"] == "official" else f"{row['over_official']:.3f} ({below:.3f}-{above:.3f})"
+        tpf, over, rows, depths = figures(row)
+        ratio = "" if row["rule"] == "official" else over
         lines.append(
-            f"| {row['temperature']:g} | {row['stride']} | {row['rule']} | {row['tokens_per_forward']:.3f} "
-            f"({low:.3f}-{high:.3f}) | {ratio} | {rows} | {row['cold_share']:.1%} | {depths} |"
+            f"| {row['temperature']:g} | {row['stride']} | {row['rule']} | {tpf} | {ratio} | {rows} | "
+            f"{row['cold_share']:.1%} | {depths} |"
         )
     return "\n".join(lines) + "\n"
 

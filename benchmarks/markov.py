@@ -18,7 +18,7 @@ import typer
 from tqdm import tqdm
 
 import idlm_jax
-from benchmarks.branches import rules, summary
+from benchmarks.branches import figures, rules, summary
 from benchmarks.record import origin, provenance, write
 from idlm_jax.cli.evaluate import heldout_means
 from idlm_jax.decoding.generate import Completion
@@ -113,14 +113,11 @@ def markdown(record: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
-        low, high = row["tokens_per_forward_interval"]
-        below, above = row["over_official_interval"]
-        is_baseline = (row["adapter"], row["rule"]) == ("no head", "official")
-        over = "" if is_baseline else f"{row['over_official']:.3f} ({below:.3f}-{above:.3f})"
-        depths = " ".join(f"{each:.2f}" for each in row["accepted_by_depth"])
-        tpf = f"{row['tokens_per_forward']:.3f} ({low:.3f}-{high:.3f})"
-        cells = (f"{row['temperature']:g}", row["stride"], row["adapter"], row["rule"], tpf, over)
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['rows_per_token']:.2f} | {depths} |")
+        tpf, over, rows, depths = figures(row)
+        if (row["adapter"], row["rule"]) == ("no head", "official"):
+            over = ""
+        cells = (f"{row['temperature']:g}", row["stride"], row["adapter"], row["rule"], tpf, over, rows, depths)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
