@@ -22,7 +22,8 @@ INTRODUCTION = """\
 Written by `make report`; each table names its command, date, device and versions. Everything here was measured on two
 CPU cores with the tiny model of `assets/` (3 million parameters): tokens per forward, acceptance and identity are
 properties of model and method, times are ratios on a CPU. **One H100 has run kernels, decode
-steps, the bit-for-bit mode and a training step** ([first run](../benchmarks/results/2026-11-27-nvidia-h100-80gb-hbm3/README.md)); what the compilers
+steps, the bit-for-bit mode and a training step**
+([first run](../benchmarks/results/2026-11-27-nvidia-h100-80gb-hbm3/README.md)); what the compilers
 say about H200 and TPU is in [kernels.md](kernels.md#compiled-here-measured-there) and
 [plans](../benchmarks/results/plans.md), apart from what was measured. The server under load is in
 [bench_serving.md](bench_serving.md), training recipes are in [recipes.md](recipes.md).
