@@ -262,8 +262,12 @@ def test_without_the_key_only_health_and_metrics_answer(server, header):
 
 def test_a_full_queue_is_429_with_a_time_to_come_back_and_spoils_nobody(server):
     long = {"prompt": PROMPT, "max_tokens": 50, "temperature": 0}
+    before = server.engine.stats().num_committed
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         running = threads.submit(server.http.post, "/v1/completions", json=long)
+        # Behind the thirteen it would be refused itself.
+        while server.engine.stats().num_committed == before:
+            time.sleep(0.005)
         answer = server.http.post("/v1/completions", json={"prompt": ["x"] * 13, "max_tokens": 200})
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
         assert answer.json()["error"]["code"] == "queue_full"
