@@ -2,7 +2,7 @@
 
 Fails where greedy tokens are not those of AR.
 
-    python -m train configs/tiny_markov_cpu.yaml
+    python -m train configs/tiny_lora_cpu.yaml
     python -m train configs/tiny_markov_cpu.yaml block_length=7 run_name=tiny_markov_b7
     python -m train configs/tiny_lora_cpu.yaml block_length=7 run_name=tiny_lora_b7
     python -m benchmarks.markov    # 15 minutes on two cores -> benchmarks/results/markov/tiny-cpu.{json,md}
@@ -29,8 +29,8 @@ RESULTS = Path("benchmarks/results/markov")
 BASE, DATASET = "assets/tiny-qwen3-py", Path("runs/data/stdlib_256_lora")
 # Name -> adapter, MASKs per block of its training, strides to decode with. The first is what ratios are over.
 ADAPTERS: dict[str, tuple[Path, int, tuple[int, ...]]] = {
-    "no head": (Path("assets/tiny-qwen3-py-isd"), 3, (4, 8)),
-    "head": (Path("runs/tiny_markov/adapter"), 3, (4, 8)),
+    "no head": (Path("runs/tiny_lora/adapter"), 3, (4, 8)),
+    "head": (Path("assets/tiny-qwen3-py-isd"), 3, (4, 8)),
     "no head, blocks of 7": (Path("runs/tiny_lora_b7/adapter"), 7, (8,)),
     "head, blocks of 7": (Path("runs/tiny_markov_b7/adapter"), 7, (8,)),
 }

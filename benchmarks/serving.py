@@ -2,8 +2,7 @@
 
     python -m benchmarks.serving    # 20 minutes on two cores -> benchmarks/results/serve/baselines/
 
-Wants `runs/tiny_markov/adapter` (`python -m train configs/tiny_markov_cpu.yaml`) and a model trained for block
-diffusion (`python -m benchmarks.story run`); both were trained from the base that AR runs.
+Wants a model trained for block diffusion (`python -m benchmarks.story run`), from the base that AR runs.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ SERVER = ["--dtype", "float32", "--max-running-requests", "16", "--no-extras", "
 
 
 def main(
-    adapter: Annotated[Path, typer.Option(help="Of ISD and of two-pass drafting.")] = Path("runs/tiny_markov/adapter"),
+    adapter: Annotated[Path, typer.Option(help="Of ISD and of two-pass drafting.")] = Path("assets/tiny-qwen3-py-isd"),
     block_model: Annotated[Path, typer.Option(help="Trained for block diffusion in blocks of 4.")] = Path(
         "runs/story/block_diffusion_own_token-seed0/hf"
     ),
