@@ -13,17 +13,17 @@ from typing import Annotated, NamedTuple
 import typer
 from tqdm import tqdm
 
+from benchmarks import device_results
+
 RESULTS = Path("benchmarks/results")
 PAGE = Path("docs/results.md")
 
 INTRODUCTION = """\
 # Results
 
-Written by `make report`; each table names its command, date, device and versions. Everything here was measured on two
-CPU cores with the tiny model of `assets/` (3 million parameters): tokens per forward, acceptance and identity are
-properties of model and method, times are ratios on a CPU. **One H100 has run kernels, decode
-steps, the bit-for-bit mode and a training step**
-([first run](../benchmarks/results/2026-11-27-nvidia-h100-80gb-hbm3/README.md)); what the compilers
+Written by `make report`; each table names its command, date, device and versions. First what an H100 measured; then
+what was measured on two CPU cores with the tiny model of `assets/` (3 million parameters): tokens per forward,
+acceptance and identity are properties of model and method, times are ratios on a CPU. What the compilers
 say about H200 and TPU is in [kernels.md](kernels.md#compiled-here-measured-there) and
 [plans](../benchmarks/results/plans.md), apart from what was measured. The server under load is in
 [bench_serving.md](bench_serving.md), training recipes are in [recipes.md](recipes.md).
@@ -132,7 +132,7 @@ def page(results: Path = RESULTS) -> str:
     Raises:
         FileNotFoundError: a table is not there.
     """
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, device_results.section(results)]
     for section in SECTIONS:
         heading, _, body = (results / section.table).read_text(encoding="utf-8").partition("\n")
         if not heading.startswith("# "):

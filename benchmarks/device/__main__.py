@@ -1,6 +1,7 @@
 """Command line of the device kit: `benchmarks/device/run.sh <part>`."""
 
 import argparse
+import importlib
 import os
 import shlex
 import sys
@@ -10,19 +11,15 @@ from typing import Any
 
 import jax
 
-from benchmarks.device import convert, exact, serve_steps, torch_rivals, train_steps
+from benchmarks.device import torch_rivals
 from benchmarks.device.budget import Budget
 from benchmarks.device.case import KERNEL_BODY, Case, setting_of
 from benchmarks.device.cases import OPS, cases_of
 from benchmarks.device.checks import FAIL, check_all
 from benchmarks.device.compiling import Compiler
-from benchmarks.device.convert import ConvertCase
-from benchmarks.device.exact import ExactCase, compare
 from benchmarks.device.floors import measure_floors
 from benchmarks.device.report import Report, default_folder, describe_environment
-from benchmarks.device.serve_steps import ServeCase, time_serving
 from benchmarks.device.speed import time_all
-from benchmarks.device.train_steps import StepCase, time_steps
 from benchmarks.device.tuning import tune, winners
 
 DESCRIPTION = """\
@@ -92,7 +89,7 @@ def run_kernels(options: argparse.Namespace, cases: list[Case], report: Report, 
         # Speed keeps its share of the time even if compiling for the checks takes long.
         report.checks = check_all(cases, compiler, budget, reserve_s=0.4 * budget.total_s)
         report.write(folder, "kernels")
-        reserve_s = END_S if options.dry else END_S + TORCH_RESERVE_S
+        reserve_s = END_S if options.dry else END_S + min(TORCH_RESERVE_S, 0.15 * budget.total_s)
         report.speeds = time_all(cases, report.floors, compiler, budget, is_dry=bool(options.dry), reserve_s=reserve_s)
         report.write(folder, "kernels")
         if options.dry:
@@ -115,8 +112,10 @@ def run_tune(options: argparse.Namespace, cases: list[Case], report: Report, bud
         _finish(compiler, report, budget, options.out, f"tune_{options.op}")
 
 
-def run_train(options: argparse.Namespace, cases: list[StepCase], report: Report, budget: Budget) -> None:
+def run_train(options: argparse.Namespace, cases: list[Any], report: Report, budget: Budget) -> None:
     """Times whole training steps, compiled all at once and run one after the other."""
+    from benchmarks.device.train_steps import time_steps
+
     compiler = Compiler()
     try:
         platform = "cpu" if options.dry else jax.default_backend()
@@ -125,8 +124,10 @@ def run_train(options: argparse.Namespace, cases: list[StepCase], report: Report
         _finish(compiler, report, budget, options.out, "train")
 
 
-def run_serve(options: argparse.Namespace, cases: list[ServeCase], report: Report, budget: Budget) -> None:
+def run_serve(options: argparse.Namespace, cases: list[Any], report: Report, budget: Budget) -> None:
     """Times decode steps of the server, AR and ISD."""
+    from benchmarks.device.serve_steps import time_serving
+
     compiler = Compiler()
     try:
         platform = "cpu" if options.dry else jax.default_backend()
@@ -135,11 +136,13 @@ def run_serve(options: argparse.Namespace, cases: list[ServeCase], report: Repor
         _finish(compiler, report, budget, options.out, "serve")
 
 
-def run_exact(options: argparse.Namespace, cases: list[ExactCase], report: Report, budget: Budget) -> None:
+def run_exact(options: argparse.Namespace, cases: list[Any], report: Report, budget: Budget) -> None:
     """Compares R-ISD with AR, token for token and checksum for checksum, in both modes and dtypes."""
+    from benchmarks.device.exact import ExactLine, compare
+
     compiler = Compiler()
     try:
-        before = {line.case: line for line in report.resumed(options.out)}
+        before = {line["case"]: ExactLine(**line) for line in report.resumed(options.out)}
         for lines in compare(cases, before, budget, is_dry=bool(options.dry)):
             report.exact = list(lines.values())
             report.write(options.out, "exact")
@@ -147,19 +150,22 @@ def run_exact(options: argparse.Namespace, cases: list[ExactCase], report: Repor
         _finish(compiler, report, budget, options.out, "exact")
 
 
-def run_convert(options: argparse.Namespace, cases: list[ConvertCase], report: Report, budget: Budget) -> None:
+def run_convert(options: argparse.Namespace, cases: list[Any], report: Report, budget: Budget) -> None:
     """Trains a parent on this machine's Python packages and converts it: acceptance, tokens per forward, curves."""
+    from benchmarks.device.convert import convert
+
     compiler = Compiler()
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for lines in convert.convert(cases, options.out, budget):
+        for lines in convert(cases, options.out, budget):
             report.conversions = lines
             report.write(options.out, "convert")
     finally:
         _finish(compiler, report, budget, options.out, "convert")
 
 
-OWN_CASES: dict[str, Any] = {"train": train_steps, "serve": serve_steps, "exact": exact, "convert": convert}
+# Imported by the run of the part alone: training, the server and the model need packages that kernels do without.
+OWN_CASES = {"train": "train_steps", "serve": "serve_steps", "exact": "exact", "convert": "convert"}
 PARTS: dict[str, Callable[[argparse.Namespace, Any, Report, Budget], None]] = {
     "kernels": run_kernels,
     "tune": run_tune,
@@ -193,13 +199,17 @@ def main(arguments: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")
         # Interpreted kernels mostly compile; before the backend starts, which reads this once.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    if options.part == "kernels":
+        # PyTorch's process wants its share of the memory, of which jax takes three quarters ahead by default.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         setting = setting_of(options.dry or jax.default_backend(), is_dry=bool(options.dry))
     except ValueError as error:
         print(f"run.sh: {error}", file=sys.stderr)
         return 2
     cases: Sequence[Any]
-    if steps := OWN_CASES.get(options.part):
+    if options.part in OWN_CASES:
+        steps = importlib.import_module(f"benchmarks.device.{OWN_CASES[options.part]}")
         ops = (options.part,)
         cases = [case for case in (steps.DRY if options.dry else steps.CASES) if options.shapes in case.name]
     else:

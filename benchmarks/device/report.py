@@ -10,18 +10,20 @@ import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from benchmarks.device.checks import FAIL, Check
-from benchmarks.device.convert import Conversion
-from benchmarks.device.exact import ExactLine
 from benchmarks.device.floors import Floors
-from benchmarks.device.serve_steps import ServeSpeed
 from benchmarks.device.speed import Speed
-from benchmarks.device.train_steps import StepSpeed
 from benchmarks.device.tuning import Candidate
+
+if TYPE_CHECKING:  # each needs packages that a run of another part does without
+    from benchmarks.device.convert import Conversion
+    from benchmarks.device.exact import ExactLine
+    from benchmarks.device.serve_steps import ServeSpeed
+    from benchmarks.device.train_steps import StepSpeed
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton")
@@ -52,10 +54,10 @@ class Report:
     floors: Floors | None = None
     checks: list[Check] = dataclasses.field(default_factory=list)
     speeds: list[Speed] = dataclasses.field(default_factory=list)
-    steps: list[StepSpeed] = dataclasses.field(default_factory=list)
-    serving: list[ServeSpeed] = dataclasses.field(default_factory=list)
-    exact: list[ExactLine] = dataclasses.field(default_factory=list)
-    conversions: list[Conversion] = dataclasses.field(default_factory=list)
+    steps: "list[StepSpeed]" = dataclasses.field(default_factory=list)
+    serving: "list[ServeSpeed]" = dataclasses.field(default_factory=list)
+    exact: "list[ExactLine]" = dataclasses.field(default_factory=list)
+    conversions: "list[Conversion]" = dataclasses.field(default_factory=list)
     torch: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
     tiles_entry: str = ""
@@ -65,8 +67,8 @@ class Report:
     def num_failed(self) -> int:
         return sum(check.status == FAIL for check in self.checks) + sum(line.has_failed for line in self.exact)
 
-    def resumed(self, folder: Path) -> list[ExactLine]:
-        """What `exact.json` holds if this device, revision and versions wrote it, else nothing."""
+    def resumed(self, folder: Path) -> list[dict[str, Any]]:
+        """The exact lines of `exact.json` if this device, revision and versions wrote it, else nothing."""
         path = folder / "exact.json"
         if not path.is_file():
             return []
@@ -75,7 +77,7 @@ class Report:
         is_same = before["environment"] | changing == self.environment | changing
         if not is_same or before["is_dry"] != self.is_dry:
             return []
-        return [ExactLine(**line) for line in before["exact"]]
+        return before["exact"]
 
     def write(self, folder: Path, part: str) -> None:
         """Replaces `<part>.json` and `<part>.md`: a run that is cut off leaves what it had."""
@@ -218,7 +220,7 @@ def _speed_rows(speeds: list[Speed]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _step_rows(steps: list[StepSpeed]) -> tuple[list[str], list[list[str]]]:
+def _step_rows(steps: "list[StepSpeed]") -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             step.case,
@@ -236,7 +238,7 @@ def _step_rows(steps: list[StepSpeed]) -> tuple[list[str], list[list[str]]]:
     return ["case", "G params", "median ms", "IQR ms", "tokens/s", "MFU", "GB", "loss", "note"], rows
 
 
-def _serving_rows(speeds: list[ServeSpeed]) -> tuple[list[str], list[list[str]]]:
+def _serving_rows(speeds: "list[ServeSpeed]") -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             speed.case,
@@ -251,7 +253,7 @@ def _serving_rows(speeds: list[ServeSpeed]) -> tuple[list[str], list[list[str]]]
     return ["case", "median ms", "IQR ms", "break-even TPF", "tokens/s at the trace's TPF (derived)", "note"], rows
 
 
-def _exact_rows(lines: list[ExactLine]) -> tuple[list[str], list[list[str]]]:
+def _exact_rows(lines: "list[ExactLine]") -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             line.case,
@@ -269,7 +271,7 @@ def _exact_rows(lines: list[ExactLine]) -> tuple[list[str], list[list[str]]]:
     return [*header, "drafts accepted", "note"], rows
 
 
-def _conversion_rows(lines: list[Conversion]) -> tuple[list[str], list[list[str]]]:
+def _conversion_rows(lines: "list[Conversion]") -> tuple[list[str], list[list[str]]]:
     rows = []
     for line in lines:
         depths = [value for name, value in sorted(line.heldout.items()) if name.startswith("acceptance/depth_")]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.device.__main__ import main
 from benchmarks.device.budget import SKIPPED, Budget
-from benchmarks.device.exact import CASES, compare
+from benchmarks.device.exact import CASES, ExactLine, compare
 from benchmarks.device.report import Report
 from idlm_jax.decoding.generate import Completion
 
@@ -67,7 +67,7 @@ def test_a_comparison_that_was_cut_off_goes_on_where_it_stopped(completed, tmp_p
     environment = {"device": "d", "date": "1", "command": "c"}
     Report(environment=environment, is_dry=False, exact=list(lines.values())).write(tmp_path, "exact")
     again = Report(environment=environment | {"date": "2"}, is_dry=False)
-    before = {line.case: line for line in again.resumed(tmp_path)}
+    before = {line["case"]: ExactLine(**line) for line in again.resumed(tmp_path)}
     assert [line.portions for line in before.values()] == [2, 1]
     completed.clear()
     *_, lines = compare(cases, before, Budget(AMPLE), is_dry=False)
