@@ -34,6 +34,8 @@ Checks, times and tunes the kernels on the accelerator of this machine.
                                      where --out holds part of it from this device, revision and driver
   run.sh convert                     trains a parent of 57M parameters on the Python packages of this machine, converts
                                      it (adapter and whole, our recipe and the paper's), decodes; goes on if run again
+  run.sh load                        the server, AR, ISD and "auto", 1 to 64 callers, on what `convert` left here,
+                                     else on the tiny model
   run.sh kernels --dry               the same path on a CPU in seconds: tiny shapes, interpreters, no figures
 
 A run ends within --budget-s whatever happens: what no longer fits is listed as "skipped (time)".
@@ -164,8 +166,21 @@ def run_convert(options: argparse.Namespace, cases: list[Any], report: Report, b
         _finish(compiler, report, budget, options.out, "convert")
 
 
+def run_load(options: argparse.Namespace, cases: list[Any], report: Report, budget: Budget) -> None:
+    """Starts servers on this machine and puts load on them: AR, ISD at fixed strides, and the stride it chooses."""
+    from benchmarks.device.load import put_load
+
+    compiler = Compiler()
+    try:
+        for note in put_load(cases, options.out, budget):
+            report.notes.append(note)
+            report.write(options.out, "load")
+    finally:
+        _finish(compiler, report, budget, options.out, "load")
+
+
 # Imported by the run of the part alone: training, the server and the model need packages that kernels do without.
-OWN_CASES = {"train": "train_steps", "serve": "serve_steps", "exact": "exact", "convert": "convert"}
+OWN_CASES = {"train": "train_steps", "serve": "serve_steps", "exact": "exact", "convert": "convert", "load": "load"}
 PARTS: dict[str, Callable[[argparse.Namespace, Any, Report, Budget], None]] = {
     "kernels": run_kernels,
     "tune": run_tune,
@@ -173,6 +188,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Any, Report, Budget], None]] = {
     "serve": run_serve,
     "exact": run_exact,
     "convert": run_convert,
+    "load": run_load,
 }
 
 
@@ -199,8 +215,8 @@ def main(arguments: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")
         # Interpreted kernels mostly compile; before the backend starts, which reads this once.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    if options.part == "kernels":
-        # PyTorch's process wants its share of the memory, of which jax takes three quarters ahead by default.
+    if options.part in ("kernels", "load"):
+        # PyTorch's process, or the servers, want their share of the memory; jax takes three quarters ahead by default.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         setting = setting_of(options.dry or jax.default_backend(), is_dry=bool(options.dry))

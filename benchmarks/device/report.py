@@ -45,6 +45,7 @@ class Report:
         conversions: a parent trained here, and what was made of it.
         torch: lines of `torch_rivals.py`, or why there are none.
         candidates: tile choices.
+        notes: lines of a part that writes its results itself.
         tiles_entry: the winners, as text for `tiles.py`.
         elapsed_s: of the whole run.
     """
@@ -60,6 +61,7 @@ class Report:
     conversions: "list[Conversion]" = dataclasses.field(default_factory=list)
     torch: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     candidates: list[Candidate] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     tiles_entry: str = ""
     elapsed_s: float = 0.0
 
@@ -134,6 +136,7 @@ class Report:
                 "held-out rows and prompts. Acceptance is teacher-forced, at temperature 1. Decoding is in bfloat16, "
                 "where a tie may part ISD from AR.\n\n" + _table(*_conversion_rows(self.conversions))
             )
+        sections += self.notes
         if self.torch:
             sections.append(
                 "## PyTorch on the same device, in a process of its own\n\n" + _table(*_torch_rows(self.torch))

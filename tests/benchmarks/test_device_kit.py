@@ -390,3 +390,13 @@ def test_torch_rivals_run_in_a_process_of_their_own():
     lines = torch_rivals.run_in_subprocess(specs, 120.0)
     assert [line["note"] for line in lines[:3]] == ["dry"] * 3
     assert "KeyError" in lines[3]["note"]
+
+
+@pytest.mark.proof
+def test_dry_load_starts_servers_and_leaves_their_report(tmp_path: Path):
+    done = run_sh("load", "--dry", out=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert json.loads((tmp_path / "load.json").read_text())["notes"] == ["tiny: exit status 0, `load_tiny/report.md`"]
+    text = (tmp_path / "load_tiny" / "report.md").read_text()
+    assert "stride-2" in text and "stride-1" in text
+    assert not (tmp_path / "load_tiny" / "prompts.jsonl").exists()
