@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +66,8 @@ def evaluate(
         record = {"model": model, "adapter": adapter and str(adapter), "heldout": means}
         record |= {"dtype": dtype, "quantize": quantize}
         record |= {"temperature": temperature, "num_prompts": len(prompts), "max_tokens": max_tokens}
-        output.write_text(json.dumps(record | {"methods": [_as_json(report) for report in reports]}, indent=2))
+        record |= {"methods": [_as_json(report) for report in reports]}
+        output.write_text(json.dumps(record, indent=2) + "\n")
     if temperature == 0 and any(report.num_identical != len(prompts) for report in reports):
         raise typer.Exit(1)
 
@@ -103,4 +105,5 @@ def heldout_means(
 
 def _as_json(report: MethodReport) -> dict[str, Any]:
     fields = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name != "completions"}
-    return fields | {"method": str(report.method)}
+    rate = None if math.isnan(report.acceptance_rate) else report.acceptance_rate  # AR's; JSON has no such number
+    return fields | {"method": str(report.method), "acceptance_rate": rate}
