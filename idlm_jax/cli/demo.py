@@ -1,7 +1,7 @@
 """`idlm demo`: the whole way through in five minutes on a CPU, on real text, with nothing downloaded.
 
-Loads the tiny model of the repository, gives it a fresh gated adapter, trains that for introspective consistency on
-the Python standard library, and shows what it buys: the same tokens in fewer forwards.
+Loads the tiny model of the repository, gives it a fresh gated adapter and a Markov head, trains both for introspective
+consistency on the Python standard library, and shows what they buy: the same tokens in fewer forwards.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def demo(
     report = data.build_dataset(data.DatasetSettings(**dataclasses.asdict(config.dataset.build)), config.dataset.path)
     say(f"read the standard library: {report.train.tokens:,} tokens to train on, {report.heldout.tokens:,} held out")
     untrained = heldout_means(base, Path(config.dataset.path), block_length=config.block_length, limit=4)["acceptance"]
-    say(f"training a gated adapter for {steps} steps on the standard library's source (MASK rows only; base frozen)")
+    say(f"training a gated adapter and a Markov head for {steps} steps on its source (MASK rows only; base frozen)")
     losses, acceptance = _train(loop, config, steps)
     acceptance.insert(0, (0, untrained))
     say(f"held-out acceptance of a draft: {acceptance[0][1]:.3f} untrained, {acceptance[-1][1]:.3f} trained")
@@ -75,7 +75,7 @@ def demo(
     adapter = out / config.run_name / "adapter"
     lm = idlm_jax.load(model, dtype="float32", adapter=adapter)
     prompts = data.heldout_prompts(config.dataset.path, 16, 32)
-    methods = [idlm_jax.ISD(stride=2), idlm_jax.ISD(stride=4)]
+    methods = [idlm_jax.ISD(stride=2), idlm_jax.ISD(stride=4), idlm_jax.ISD(stride=4, branches=4)]
     reports = compare_methods(lm, prompts, methods, _greedy(64))
     console.print(
         method_table("with the adapter trained just now, 16 held-out prompts, greedy", reports, is_greedy=True)
@@ -115,7 +115,7 @@ def _greedy(max_tokens: int) -> idlm_jax.SamplingParams:
 def _train_config(out: Path, model: Path, steps: int) -> Any:
     """The committed adapter recipe, shortened."""
     config: Any = import_from_checkout("train.config")
-    recipe = config.load_config(CHECKOUT / "configs" / "tiny_lora_cpu.yaml")
+    recipe = config.load_config(CHECKOUT / "configs" / "tiny_markov_cpu.yaml")
     build = dataclasses.replace(recipe.dataset.build, vocab_size=None, tokenizer=str(model))
     return dataclasses.replace(
         recipe,
