@@ -16,7 +16,8 @@ from idlm_jax.model.transformer import Qwen3
 from train.batch import Batch
 from train.layout import RowCounts, next_row
 from train.mesh import along_stream
-from train.objective import Metrics, RowMean, agreement, count_true, cross_entropy, mask_token_id, mean_over
+from train.objective import agreement, cross_entropy, mask_token_id
+from train.row_means import Metrics, RowMean, count_true, mean_over
 
 
 class Blocks(NamedTuple):

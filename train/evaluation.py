@@ -15,7 +15,7 @@ from train.config import TrainConfig
 from train.data import heldout_batches, heldout_prompts
 from train.initialize import StartingPoint
 from train.metrics import drop_lines_after
-from train.objective import Metrics
+from train.row_means import Metrics
 from train.rows import place
 from train.samples import PROMPT_TOKENS, Sample, draw_samples
 from train.step import TrainState, make_eval_step

@@ -6,7 +6,7 @@ and scored is `train.layout`'s.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,8 @@ from pallas_kernels.two_stream_attention import noisy_attention, packed_causal_a
 from train.batch import Batch
 from train.layout import LabelRows, Layout, ObjectiveSettings, RowCounts, lay_out
 from train.mesh import STREAM, TOKENS, along_stream, for_lookup, layer_stack, per_device, per_head, vocab_axis
+from train.row_means import Metrics, RowMean, mean_over, means_by_depth
 
-
-class RowMean(NamedTuple):
-    """A mean in two parts: those of several batches add up, field by field, to the mean over all rows."""
-
-    total: Float[Array, ""]
-    num_rows: Float[Array, ""]
-
-    @property
-    def mean(self) -> Float[Array, ""]:
-        """The quotient; 0 where nothing was counted."""
-        return self.total / jnp.maximum(self.num_rows, 1.0)
-
-
-Metrics = dict[str, RowMean]
 RowIndices = dict[str, Int[Array, "B L"]]
 
 
@@ -83,6 +70,7 @@ def introspective_loss(
         weight,
         jnp.tile(layout.labels, (1, 2)),
         jnp.concatenate([layout.is_noisy_scored, layout.is_clean_scored], axis=1),
+        frozen_columns=_frozen_columns(module),
     )
     ce_noisy, ce_clean = jnp.split(ce, 2, axis=1)
     is_noisy, is_draft = layout.is_noisy_scored, layout.is_draft_scored
@@ -90,13 +78,13 @@ def introspective_loss(
     weighted_ce, clean = mean_over(is_noisy, weights * ce_noisy), mean_over(layout.is_clean_scored, ce_clean)
 
     metrics = {"ce_noisy": mean_over(is_noisy, ce_noisy), "ce_clean": clean}
-    metrics |= _means_by_depth("ce_noisy", ce_noisy, is_draft, layout.depth, settings.block_length)
+    metrics |= means_by_depth("ce_noisy", ce_noisy, is_draft, layout.depth, settings.block_length)
     noisy = weighted_ce
     if settings.kl_weight or settings.tv_weight:
         divergences = _divergences(module, hidden, weight, is_draft)
         for name, values in divergences.items():
             metrics[name] = mean_over(is_draft, values)
-            metrics |= _means_by_depth(name, values, is_draft, layout.depth, settings.block_length)
+            metrics |= means_by_depth(name, values, is_draft, layout.depth, settings.block_length)
         extra = settings.kl_weight * divergences["kl"] + settings.tv_weight * divergences["tv"]
         noisy = mean_over(is_noisy, weights * (ce_noisy + extra))
 
@@ -162,7 +150,7 @@ def measure_acceptance(module: Qwen3, batch: Batch, settings: ObjectiveSettings,
     metrics: Metrics = {}
     for name, values in agreement(noisy, clean, weight, layout.labels, mask_id, tile_rows=tile_rows).items():
         metrics[name] = mean_over(layout.is_noisy_scored, values)
-        metrics |= _means_by_depth(name, values, layout.is_noisy_scored, layout.depth, settings.block_length)
+        metrics |= means_by_depth(name, values, layout.is_noisy_scored, layout.depth, settings.block_length)
     return jax.lax.stop_gradient(metrics)
 
 
@@ -336,23 +324,22 @@ def cross_entropy(
     weight: Float[Array, "V D"],
     labels: Int[Array, "B T"],
     is_scored: Bool[Array, "B T"],
+    *,
+    frozen_columns: int = 0,
 ) -> Float[Array, "B T"]:
-    """Per-row loss under the head `weight`, 0 on rows that are not scored."""
+    """Per-row loss under the head `weight`, 0 on rows that are not scored; its first columns may be frozen."""
 
     def local(rows: tuple[Array, Array, Array], weight: Float[Array, "V D"]) -> Float[Array, "_ _"]:
         hidden, labels, is_scored = rows
         flat = hidden.reshape(-1, hidden.shape[-1])
         row_weights = is_scored.reshape(-1).astype(jnp.float32)
-        loss, _ = linear_cross_entropy(flat, weight, labels.reshape(-1), row_weights, vocab_axis=axis)
+        loss, _ = linear_cross_entropy(
+            flat, weight, labels.reshape(-1), row_weights, vocab_axis=axis, frozen_columns=frozen_columns
+        )
         return loss.reshape(labels.shape)
 
     axis = vocab_axis()
     return per_device(local, (STREAM, P(axis)), STREAM)((hidden, labels, is_scored), weight)
-
-
-def count_true(is_counted: Bool[Array, "B L"]) -> Float[Array, ""]:
-    """How many rows; float32."""
-    return jnp.sum(is_counted, dtype=jnp.float32)
 
 
 def _divergences(
@@ -371,6 +358,7 @@ def _divergences(
             is_draft.reshape(-1).astype(jnp.float32),
             excluded_id=mask_id,
             vocab_axis=axis,
+            frozen_columns=_frozen_columns(module),
         )
         return kl.reshape(is_draft.shape), tv.reshape(is_draft.shape)
 
@@ -381,16 +369,6 @@ def _divergences(
     return {"kl": kl, "tv": tv}
 
 
-def mean_over(is_counted: Bool[Array, "B L"], values: Float[Array, "B L"]) -> RowMean:
-    """The mean of the counted rows."""
-    return RowMean(jnp.sum(jnp.where(is_counted, values, 0.0)), count_true(is_counted))
-
-
-def _means_by_depth(
-    name: str,
-    values: Float[Array, "B L"],
-    is_counted: Bool[Array, "B L"],
-    depth: Int[Array, "B L"],
-    block_length: int,
-) -> Metrics:
-    return {f"{name}/depth_{d}": mean_over(is_counted & (depth == d), values) for d in range(block_length)}
+def _frozen_columns(module: Qwen3) -> int:
+    """Of the head's columns: with an adapter all are the base's, but for those of a Markov head behind them."""
+    return 0 if module.config.lora is None else module.config.hidden_size

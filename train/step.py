@@ -16,8 +16,9 @@ from train.batch import Batch
 from train.config import TrainConfig
 from train.curriculum import Span
 from train.layout import LabelRows, ObjectiveSettings, RowCounts, lay_out
-from train.objective import Metrics, ar_loss, introspective_loss, measure_acceptance
+from train.objective import ar_loss, introspective_loss, measure_acceptance
 from train.optimizer import learning_rate, make_optimizer, update
+from train.row_means import Metrics
 
 LossFn = Callable[[Qwen3, Batch, RowCounts], tuple[Float[Array, ""], Metrics]]
 StepMetrics = dict[str, Float[Array, ""]]

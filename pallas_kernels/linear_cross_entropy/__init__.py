@@ -14,6 +14,7 @@ def linear_cross_entropy(
     *,
     tile_rows: int = 1024,
     vocab_axis: str | None = None,
+    frozen_columns: int = 0,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Per-row cross-entropy of `softmax(hidden @ weight.T)`.
 
@@ -33,13 +34,15 @@ def linear_cross_entropy(
         tile_rows: rows whose float32 logits, [tile_rows, V], exist at a time.
         vocab_axis: mesh axis over which V is cut, inside `jax.shard_map`: `weight` then holds this device's
             equal part, in order, and the devices of the axis hold the same rows. Labels count over all of V.
+        frozen_columns: the first columns of `weight` that nobody trains, as where a head of its own lies behind a
+            frozen one: their gradient is not computed, and 0.
 
     Returns:
         The losses and the lse, float32, 0 on dropped rows. Both may be differentiated with respect to
         `hidden` and `weight`; the gradient of `weight` is accumulated over tiles in float32.
 
     Raises:
-        ValueError: shapes disagree, or `tile_rows` is less than 1.
+        ValueError: shapes disagree, `tile_rows` is less than 1, or not so many columns can be frozen.
         TypeError: `hidden` and `weight` differ in dtype or are not floating, or the labels are not integers.
 
     Compaction gathers rows by index. Where rows are sharded over devices, call the op inside `jax.shard_map`,
@@ -52,8 +55,11 @@ def linear_cross_entropy(
         raise ValueError(f"{labels.shape=} and {row_weights.shape=}, but hidden has {rows} rows: both need ({rows},)")
     if tile_rows < 1:
         raise ValueError(f"{tile_rows=} must be at least 1")
+    if not 0 <= frozen_columns <= width:
+        raise ValueError(f"{frozen_columns=} must be in [0, {width}], the columns of weight")
     if hidden.dtype != weight.dtype or not jnp.issubdtype(hidden.dtype, jnp.floating):
         raise TypeError(f"{hidden.dtype=} and {weight.dtype=} must be the same floating dtype")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{labels.dtype=} is not an integer dtype")
-    return tiled.linear_cross_entropy(hidden, weight, labels, row_weights, min(tile_rows, max(rows, 1)), vocab_axis)
+    tile_rows = min(tile_rows, max(rows, 1))
+    return tiled.linear_cross_entropy(hidden, weight, labels, row_weights, tile_rows, vocab_axis, frozen_columns)

@@ -16,7 +16,7 @@ from pallas_kernels.vocab_shards import equal_trips, first_id, log_sum_exp, tota
 Residuals = tuple[Float[Array, "R D"], Float[Array, "V D"], Int[Array, " R"], Float[Array, " R"], Float[Array, " R"]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def linear_cross_entropy(
     hidden: Float[Array, "R D"],
     weight: Float[Array, "V D"],
@@ -24,9 +24,10 @@ def linear_cross_entropy(
     row_weights: Float[Array, " R"],
     tile_rows: int,
     vocab_axis: str | None,
+    frozen_columns: int,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Losses and lse, float32, 0 on rows of weight 0; the package documents the arguments."""
-    return _forward(hidden, weight, labels, row_weights, tile_rows, vocab_axis)[0]
+    return _forward(hidden, weight, labels, row_weights, tile_rows, vocab_axis, frozen_columns)[0]
 
 
 def _forward(
@@ -36,7 +37,9 @@ def _forward(
     row_weights: Float[Array, " R"],
     tile_rows: int,
     vocab_axis: str | None,
+    frozen_columns: int,
 ) -> tuple[tuple[Float[Array, " R"], Float[Array, " R"]], Residuals]:
+    del frozen_columns
     index, num_tiles = compact(row_weights != 0, tile_rows)
     num_rows, num_ids = hidden.shape[0], weight.shape[0]
     columns = labels - first_id(num_ids, vocab_axis)
@@ -59,6 +62,7 @@ def _forward(
 def _backward(
     tile_rows: int,
     vocab_axis: str | None,
+    frozen_columns: int,
     residuals: Residuals,
     cotangents: tuple[Float[Array, " R"], Float[Array, " R"]],
 ) -> tuple[Float[Array, "R D"], Float[Array, "V D"], None, None]:
@@ -78,13 +82,15 @@ def _backward(
         # Cast so that both products run in the dtype of the inputs; their sums stay float32.
         logits_bar = ((to_loss + take(lse_bar, rows)[:, None]) * probs - at_label).astype(hidden.dtype)
         hidden_bar = jnp.einsum("RV,VD->RD", logits_bar, weight, preferred_element_type=jnp.float32)
-        weight_bar = jnp.einsum("RV,RD->VD", logits_bar, tile_hidden, preferred_element_type=jnp.float32)
+        trained = tile_hidden[:, frozen_columns:]
+        weight_bar = jnp.einsum("RV,RD->VD", logits_bar, trained, preferred_element_type=jnp.float32)
         return put(grads[0], rows, hidden_bar.astype(hidden.dtype)), grads[1] + weight_bar
 
-    zeros = jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(weight.shape, jnp.float32)
+    num_ids, width = weight.shape
+    zeros = jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros((num_ids, width - frozen_columns), jnp.float32)
     # Of a cut vocabulary `hidden_bar` is this device's part; `shard_map` sums what its inputs have in common.
     hidden_bar, weight_bar = jax.lax.fori_loop(0, num_tiles, tile, zeros)
-    return hidden_bar, weight_bar.astype(weight.dtype), None, None
+    return hidden_bar, jnp.pad(weight_bar.astype(weight.dtype), ((0, 0), (frozen_columns, 0))), None, None
 
 
 linear_cross_entropy.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ def linear_distillation(
     excluded_id: int,
     tile_rows: int = 512,
     vocab_axis: str | None = None,
+    frozen_columns: int = 0,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Per-row divergences of q = `softmax(student @ weight.T)` from p = `softmax(teacher @ weight.T)`.
 
@@ -39,13 +40,16 @@ def linear_distillation(
         tile_rows: rows whose float32 logits, twice [tile_rows, V], exist at a time.
         vocab_axis: mesh axis over which V is cut, inside `jax.shard_map`: `weight` then holds this device's
             equal part, in order, and the devices of the axis hold the same rows.
+        frozen_columns: the first columns of `weight` that nobody trains, as where a head of its own lies behind a
+            frozen one: their gradient is not computed, and 0.
 
     Returns:
         kl and tv, float32, 0 on dropped rows. Both may be differentiated with respect to `student` and
         `weight`; the gradient of `weight` is accumulated over tiles in float32.
 
     Raises:
-        ValueError: shapes disagree, `excluded_id` is no token, V is 1, or `tile_rows` is less than 1.
+        ValueError: shapes disagree, `excluded_id` is no token, V is 1, `tile_rows` is less than 1, or not so many
+            columns can be frozen.
         TypeError: the dtypes of `student`, `teacher` and `weight` differ or are not floating.
 
     Compaction gathers rows by index. Where rows are sharded over devices, call the op inside `jax.shard_map`,
@@ -65,8 +69,11 @@ def linear_distillation(
         raise ValueError(f"{excluded_id=} must be one of several tokens, but {weight.shape=}")
     if tile_rows < 1:
         raise ValueError(f"{tile_rows=} must be at least 1")
+    if not 0 <= frozen_columns <= width:
+        raise ValueError(f"{frozen_columns=} must be in [0, {width}], the columns of weight")
     if not (student.dtype == teacher.dtype == weight.dtype and jnp.issubdtype(student.dtype, jnp.floating)):
         raise TypeError(f"{student.dtype=}, {teacher.dtype=} and {weight.dtype=} must be the same floating dtype")
+    tile_rows = min(tile_rows, max(rows, 1))
     return tiled.linear_distillation(
-        student, teacher, weight, row_weights, excluded_id, min(tile_rows, max(rows, 1)), vocab_axis
+        student, teacher, weight, row_weights, excluded_id, tile_rows, vocab_axis, frozen_columns
     )

@@ -18,7 +18,7 @@ from pallas_kernels.vocab_shards import equal_trips, first_id, log_softmax, tota
 Residuals = tuple[Float[Array, "R D"], Float[Array, "R D"], Float[Array, "V D"], Float[Array, " R"]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def linear_distillation(
     student: Float[Array, "R D"],
     teacher: Float[Array, "R D"],
@@ -27,9 +27,10 @@ def linear_distillation(
     excluded_id: int,
     tile_rows: int,
     vocab_axis: str | None,
+    frozen_columns: int,
 ) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
     """Both divergences, float32, 0 on rows of weight 0; the package documents the arguments."""
-    return _forward(student, teacher, weight, row_weights, excluded_id, tile_rows, vocab_axis)[0]
+    return _forward(student, teacher, weight, row_weights, excluded_id, tile_rows, vocab_axis, frozen_columns)[0]
 
 
 def _forward(
@@ -40,7 +41,9 @@ def _forward(
     excluded_id: int,
     tile_rows: int,
     vocab_axis: str | None,
+    frozen_columns: int,
 ) -> tuple[tuple[Float[Array, " R"], Float[Array, " R"]], Residuals]:
+    del frozen_columns
     index, num_tiles = compact(row_weights != 0, tile_rows)
 
     def tile(number: Int[Array, ""], outputs: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -64,6 +67,7 @@ def _backward(
     excluded_id: int,
     tile_rows: int,
     vocab_axis: str | None,
+    frozen_columns: int,
     residuals: Residuals,
     cotangents: tuple[Float[Array, " R"], Float[Array, " R"]],
 ) -> tuple[Float[Array, "R D"], None, Float[Array, "V D"], None]:
@@ -85,13 +89,15 @@ def _backward(
         # Cast so that both products run in the dtype of the inputs; their sums stay float32.
         logits_bar = logits_bar.astype(student.dtype)
         student_bar = jnp.einsum("IV,VD->ID", logits_bar, weight, preferred_element_type=jnp.float32)
-        weight_bar = jnp.einsum("IV,ID->VD", logits_bar, tile_student, preferred_element_type=jnp.float32)
+        trained = tile_student[:, frozen_columns:]
+        weight_bar = jnp.einsum("IV,ID->VD", logits_bar, trained, preferred_element_type=jnp.float32)
         return put(grads[0], rows, student_bar.astype(student.dtype)), grads[1] + weight_bar
 
-    zeros = jnp.zeros(student.shape, student.dtype), jnp.zeros(weight.shape, jnp.float32)
+    num_ids, width = weight.shape
+    zeros = jnp.zeros(student.shape, student.dtype), jnp.zeros((num_ids, width - frozen_columns), jnp.float32)
     # Of a cut vocabulary `student_bar` is this device's part; `shard_map` sums what its inputs have in common.
     student_bar, weight_bar = jax.lax.fori_loop(0, equal_trips(num_tiles, vocab_axis), tile, zeros)
-    return student_bar, None, weight_bar.astype(weight.dtype), None
+    return student_bar, None, jnp.pad(weight_bar.astype(weight.dtype), ((0, 0), (frozen_columns, 0))), None
 
 
 linear_distillation.defvjp(_forward, _backward)

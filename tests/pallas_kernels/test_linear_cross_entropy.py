@@ -65,6 +65,20 @@ def test_bfloat16_inputs_are_accumulated_in_float32():
         assert np.linalg.norm(error) / np.linalg.norm(want) < 3e-3
 
 
+@pytest.mark.parametrize("frozen_columns", [5, 12])
+def test_frozen_columns_get_no_gradient_and_change_nothing_else(frozen_columns):
+    arrays = inputs(37, 12, 53)
+    outputs, (hidden_bar, weight_bar) = outputs_and_grads(
+        functools.partial(linear_cross_entropy, tile_rows=8, frozen_columns=frozen_columns), *arrays
+    )
+    whole_outputs, (whole_hidden_bar, whole_weight_bar) = outputs_and_grads(in_tiles_of(8), *arrays)
+    np.testing.assert_array_equal(outputs, whole_outputs)
+    np.testing.assert_array_equal(hidden_bar, whole_hidden_bar)
+    assert not weight_bar[:, :frozen_columns].any()
+    # The same sums, of a product that is narrower.
+    np.testing.assert_allclose(weight_bar[:, frozen_columns:], whole_weight_bar[:, frozen_columns:], atol=1e-6)
+
+
 def test_weights_of_zero_give_zero_loss_and_gradient():
     results = outputs_and_grads(in_tiles_of(8), *inputs(20, 8, 11, keep=0.0))
     assert not any(result.any() for result in jax.tree.leaves(results))
@@ -144,6 +158,8 @@ def test_malformed_arguments_name_what_is_wrong():
         op(hidden, weight, labels[:3], row_weights)
     with pytest.raises(ValueError, match="tile_rows=0"):
         op(hidden, weight, labels, row_weights, tile_rows=0)
+    with pytest.raises(ValueError, match=r"frozen_columns=9 must be in \[0, 8\]"):
+        op(hidden, weight, labels, row_weights, frozen_columns=9)
     with pytest.raises(TypeError, match="same floating dtype"):
         op(hidden, weight.astype(jnp.bfloat16), labels, row_weights)
     with pytest.raises(TypeError, match="not an integer"):

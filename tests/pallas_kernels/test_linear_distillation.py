@@ -67,6 +67,19 @@ def test_total_variation_is_one_minus_the_acceptance_of_sampled_drafts():
     np.testing.assert_allclose(tv, 1 - kept, atol=1e-6)
 
 
+@pytest.mark.parametrize("frozen_columns", [3, 12])
+def test_frozen_columns_get_no_gradient_and_change_nothing_else(frozen_columns):
+    arrays = inputs(37, 12, 53)
+    op = functools.partial(linear_distillation, excluded_id=2, tile_rows=8, frozen_columns=frozen_columns)
+    outputs, (student_bar, _, weight_bar) = outputs_and_grads(op, *arrays)
+    whole_outputs, (whole_student_bar, _, whole_weight_bar) = outputs_and_grads(in_tiles_of(8), *arrays)
+    np.testing.assert_array_equal(outputs, whole_outputs)
+    np.testing.assert_array_equal(student_bar, whole_student_bar)
+    assert not weight_bar[:, :frozen_columns].any()
+    # The same sums, of a product that is narrower.
+    np.testing.assert_allclose(weight_bar[:, frozen_columns:], whole_weight_bar[:, frozen_columns:], atol=1e-6)
+
+
 def test_the_teacher_is_a_constant_also_in_the_head():
     student, teacher, weight, row_weights = of_shape("tiny")
     _, (_, teacher_bar, weight_bar) = outputs_and_grads(in_tiles_of(8), student, teacher, weight, row_weights)

@@ -251,7 +251,9 @@ def test_lora_mode_spends_no_head_product_on_clean_rows_going_back(monkeypatch):
         jax.debug.callback(seen.append, loss_bar)
         return (loss_bar,)
 
-    def spied(hidden, weight, labels, row_weights, *, vocab_axis):
+    def spied(hidden, weight, labels, row_weights, *, vocab_axis, frozen_columns):
+        assert frozen_columns == hidden.shape[1]
+
         @jax.custom_vjp
         def watch(loss):
             return loss
