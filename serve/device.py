@@ -293,11 +293,17 @@ def _take(state: DecodeState, slots: Int[Array, " B"], *, shapes: bool) -> Decod
     return jax.tree.map(lambda x: x[slots], rest)._replace(cache=state.cache)
 
 
-def _put(state: DecodeState, slots: Int[Array, " B"], batch: DecodeState) -> DecodeState:
-    """The inverse of `_take`. Rows of the idle slot may collide: it stays idle whichever of them wins."""
+def _put(state: DecodeState, slots: Int[Array, " B"], taken: DecodeState, batch: DecodeState) -> DecodeState:
+    """The inverse of `_take`, which gave `taken`. Rows of the idle slot may collide: it stays idle whichever wins.
+
+    What is still what was taken is not written back. XLA would: a dozen scatters, one launch each, in a step of AR.
+    """
     is_shaped = batch.shaping is not None
     rest = state._replace(cache=None, shaping=state.shaping if is_shaped else None)
-    rest = jax.tree.map(lambda x, new: x.at[slots].set(new), rest, batch._replace(cache=None))
+    rest = jax.tree.map(
+        lambda x, old, new: x if new is old else x.at[slots].set(new),
+        *(rest, taken._replace(cache=None), batch._replace(cache=None)),
+    )
     return rest._replace(cache=batch.cache, shaping=rest.shaping if is_shaped else state.shaping)
 
 
@@ -320,7 +326,7 @@ def _run_windows(
     new = unpack_windows(layout, words)
     table = state.page_table.at[new.slot[:, None], new.place].set(new.page, mode="drop")
     state = state._replace(page_table=table)
-    batch = _take(state, new.slot, shapes=masks is not None)
+    taken = batch = _take(state, new.slot, shapes=masks is not None)
     if masks is not None:
         # Drafts that a grammar has put in place of those that were drawn, where it leaves no choice.
         is_given = new.num_drafts >= 0
@@ -329,7 +335,7 @@ def _run_windows(
             num_proposals=jnp.where(is_given, new.num_drafts, batch.num_proposals),
         )
     batch, committed = decode_window(_merge(graph, tree, leaves), plan, batch, masks)
-    return _put(state, new.slot, batch), pack_outcome(batch, committed)
+    return _put(state, new.slot, taken, batch), pack_outcome(batch, committed)
 
 
 def _run_chunks(
@@ -349,15 +355,15 @@ def _run_chunks(
     any drafts, and its pending token, must be told.
     """
     prompts = unpack_chunks(layout, words)
-    batch = _take(state, prompts.slot, shapes=masks is not None)
-    batch = batch._replace(
+    taken = _take(state, prompts.slot, shapes=masks is not None)
+    batch = taken._replace(
         context_len=prompts.start + prompts.num_tokens - 1,
         end=prompts.end,
         stop_ids=prompts.stop_ids,
         finish=jnp.where(prompts.is_last, jnp.int32(Finish.RUNNING), jnp.int32(Finish.LENGTH)),
         num_proposals=jnp.zeros_like(prompts.slot),
         sampling=prompts.sampling,
-        counts=Counts(*(jnp.zeros_like(count) for count in batch.counts)),
+        counts=Counts(*(jnp.zeros_like(count) for count in taken.counts)),
         page_table=prompts.page_table,
     )
     if batch.shaping is not None:
@@ -368,7 +374,7 @@ def _run_chunks(
     )
     num_restored = jnp.where(prompts.has_drafts, jnp.int32(plan.num_masks), jnp.int32(0))
     batch = batch._replace(num_proposals=jnp.where(prompts.restored >= 0, num_restored, batch.num_proposals))
-    return _put(state, prompts.slot, batch), pack_outcome(batch, committed)
+    return _put(state, prompts.slot, taken, batch), pack_outcome(batch, committed)
 
 
 def _shaping_of(before: Shaping, prompts: Prompts) -> Shaping:

@@ -301,6 +301,8 @@ def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"]
     """Adds one forward. A draft counts as verified if its fate decided a committed token."""
     counts = state.counts
     num_checked = verdict.accept_probs.shape[1]
+    if num_checked == 0:  # a prefill or AR
+        return counts._replace(forwards=counts.forwards + is_running.astype(jnp.int32))
     depths = jnp.arange(num_checked)[None]
     is_verified = (
         (depths < state.num_proposals[:, None])

@@ -1,15 +1,21 @@
 """An engine whose steps may be of any method says what AR says, and learns how good its drafts are."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from idlm_jax.decoding import AR, ISD, SamplingParams, generate
 from idlm_jax.decoding.pacing import Pacer
-from serve.device import Device
+from serve import device
+from serve.config import EngineConfig
+from serve.device import Device, Draws
 from serve.engine import Engine
+from serve.packing import decode_words, layout_of
 from tests.decoding.test_coupled import EVERY_PAIR
 from tests.serve.conftest import CONFIG
 from tests.support.tiny_model import random_prompts
@@ -125,3 +131,19 @@ def test_a_pacer_that_knows_the_times_settles_for_one_method(lm, compiled, engin
     assert engine.submit(PROMPTS[0], PARAMS[0]).result()[0] == generate(lm, PROMPTS[:1], AR(), PARAMS[:1])[0].token_ids
     by_method = engine.stats().num_decode_forwards_by_method
     assert by_method["AR"] == engine.stats().num_decode_forwards > 0
+
+
+def num_scatters(lm, config: EngineConfig) -> int:
+    """Of a decode step by the first method of the menu, over a state with room for the last."""
+    layout = layout_of(config.limits(lm.config), config.max_stop_ids, config.num_biases)
+    first, *_, last = (device._plan(lm, config, method, Draws.GREEDY) for method in (AR(), *config.method.menu))
+    state = jax.eval_shape(lambda: device._idle_state(lm, config, last, layout))
+    leaves, tree = jax.tree.flatten(lm.params)
+    step = functools.partial(device._run_windows, lm.graph, tree, first, layout)
+    words = jax.ShapeDtypeStruct((4, decode_words(layout)), jnp.int32)
+    return str(jax.make_jaxpr(step)(leaves, state, words)).count("= scatter[")
+
+
+def test_ar_of_a_menu_writes_back_no_more_than_ar_alone_but_that_there_are_no_drafts(lm):
+    alone = dataclasses.replace(AUTO, method=AR())
+    assert 0 < num_scatters(lm, AUTO) == num_scatters(lm, alone) + 1
