@@ -100,8 +100,6 @@ def widened(state: DecodeState, wide: DecodeState) -> DecodeState:
     num_masks = state.proposals.shape[1]
     if wide.proposals.shape[1] == num_masks:
         return state
-    if num_masks == 0:  # AR has no draft to put anywhere: the very same arrays, which nobody has to write back
-        return _with_drafts(state, *_drafts(wide))
     drafts = jax.tree.map(lambda old, new: old.at[:, :num_masks].set(new), _drafts(wide), _drafts(state))
     return _with_drafts(state, *drafts)
 
