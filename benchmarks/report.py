@@ -42,12 +42,14 @@ class Section(NamedTuple):
         table: file under `benchmarks/results`, whose own heading is left out.
         text: what was aimed at and what to read in it.
         command: writes the table, in minutes; None where it takes longer.
+        until: line before which the table's file is cut off.
     """
 
     title: str
     table: str
     text: str
     command: str | None = None
+    until: str | None = None
 
 
 MEASURE = (
@@ -110,6 +112,14 @@ SECTIONS = (
         "than the model's own samples, which is what a rule that prefers likely drafts does.",
     ),
     Section(
+        "AR, ISD and what it is compared with, by callers",
+        "serve/baselines/report.md",
+        "One server each, from one base (`python -m benchmarks.serving`, a quarter of an hour; latencies are in "
+        "[its report](../benchmarks/results/serve/baselines/report.md)). On a CPU, which pays for every row, AR is "
+        "fastest at every load; tokens per forward do not depend on the machine.",
+        until="## Latency in ms, over requests",
+    ),
+    Section(
         "Bit for bit",
         "bitwise/tiny-cpu.md",
         "Aim: no differing token and no differing logit bit ([0013](decisions/0013-bitwise.md)).",
@@ -126,6 +136,12 @@ SECTIONS = (
         "Where drafts are worse, and why training for it did not pay ([0016](decisions/0016-on-policy.md)).",
         "python -m benchmarks.drafts",
     ),
+    Section(
+        "Scaling plans",
+        "plans.md",
+        "What a training step of each size holds, sends and computes on devices that were not there: compiled ahead of "
+        "time, never run (`make plans`).",
+    ),
 )
 
 
@@ -140,7 +156,10 @@ def page(results: Path = RESULTS) -> str:
         heading, _, body = (results / section.table).read_text(encoding="utf-8").partition("\n")
         if not heading.startswith("# "):
             raise ValueError(f"{section.table} does not begin with a heading")
-        parts.append(f"## {section.title}\n\n{section.text}\n\n{body.strip()}\n")
+        if section.until is not None:
+            body = body[: body.index(f"\n{section.until}\n")]
+        body = body.strip().replace("\n## ", "\n### ")
+        parts.append(f"## {section.title}\n\n{section.text}\n\n{body}\n")
     return "\n".join(parts)
 
 
