@@ -400,3 +400,21 @@ def test_dry_load_starts_servers_and_leaves_their_report(tmp_path: Path):
     text = (tmp_path / "load_tiny" / "report.md").read_text()
     assert "stride-2" in text and "stride-1" in text
     assert not (tmp_path / "load_tiny" / "prompts.jsonl").exists()
+
+
+def test_kernels_need_no_package_of_the_model_the_server_or_training():
+    absent = (
+        "transformers",
+        "safetensors",
+        "pydantic",
+        "omegaconf",
+        "grain",
+        "orbax",
+        "tensorboardX",
+        "httpx2",
+        "typer",
+    )
+    program = f"import sys; sys.modules |= dict.fromkeys({absent}); from benchmarks.device.__main__ import main; "
+    program += "main(['kernels', '--dry', '--only', 'gated_lora', '--shapes', 'no such case'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "no case of gated_lora holds 'no such case' in its name" in done.stderr, done.stderr[-2000:]
