@@ -172,7 +172,7 @@ def markdown(result: Result, *, has_plot: bool) -> str:
     lines = ["# Serving benchmark", ""]
     if settings["note"]:
         lines += [settings["note"], ""]
-    lines += ["```", settings["command"], "```", ""]
+    lines += ["```text", settings["command"], "```", ""]
     lines += [
         f"{settings['date']}; load generator on {machine['processor']}, {machine['cores']} cores, {machine['system']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
