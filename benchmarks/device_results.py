@@ -66,7 +66,10 @@ def _tables(run: Run) -> list[str]:
     left = sum(not line["timing"] for line in lines["speeds"])
     left += sum(line["median_ms"] is None for line in [*lines["serving"], *lines["steps"]])
     left += sum(not line["prompts"] for line in lines["exact"])
-    return [*tables, f"Not reached in the time of this run: {left} cases. Everything: `{run.folder}`."]
+    return [
+        *tables,
+        f"Not reached in the time of this run: {left} cases. Everything: `benchmarks/results/{run.folder.name}`.",
+    ]
 
 
 def _kernels(timed: Sequence[Line], rivals: Sequence[Line]) -> str:
