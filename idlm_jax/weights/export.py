@@ -35,7 +35,8 @@ def export_hf(
     into a folder `markov_head` in it.
 
     A gated adapter cannot be merged: it acts on MASK rows only, while merged weights act on every row. Of a
-    model with an adapter the base is exported; write the adapter with `export_adapter`.
+    model with an adapter the base is exported; write the adapter, and the Markov head that was trained with it, with
+    `export_adapter`.
 
     Args:
         lm: model to write; arrays may be sharded.
@@ -52,7 +53,8 @@ def export_hf(
     """
     with atomic_folder(folder, overwrite=overwrite, marker="config.json") as partial:
         write_model(lm, partial, max_shard_bytes=max_shard_bytes, dtype=dtype)
-        write_markov_head(lm, partial, dtype)
+        if lm.config.lora is None:
+            write_markov_head(lm, partial, dtype)
 
 
 def write_model(

@@ -30,9 +30,14 @@ def test_a_head_comes_back_bit_for_bit_with_its_adapter_and_not_with_another(tmp
         export_adapter(each, tmp_path / name, base_model_name_or_path="Qwen/Qwen3-8B")
     assert_same_params(load(tmp_path / "base", dtype="float32", adapter=tmp_path / "head"), lm)
     # Also where the base has a head of its own: drafts were trained with the one or with none.
-    export_hf(lm, tmp_path / "base", overwrite=True)
+    export_hf(tiny_lm(markov_rank=4), tmp_path / "base", overwrite=True)
     assert load(tmp_path / "base", dtype="float32").config.markov_rank == 4
     assert load(tmp_path / "base", dtype="float32", adapter=tmp_path / "none").config.markov_rank is None
+
+
+def test_a_head_that_was_trained_with_an_adapter_is_not_exported_with_the_base(tmp_path):
+    export_hf(adapted_lm(markov_rank=4), tmp_path)
+    assert load(tmp_path, dtype="float32").config.markov_rank is None
 
 
 def test_a_cast_export_casts_the_head(tmp_path):
