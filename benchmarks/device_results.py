@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.device.checks import FAIL
+from benchmarks.device.report import table
 from idlm_jax.qwen3_sizes import QWEN3_SIZES
 
 Line = dict[str, Any]
+Rows = tuple[list[str], list[list[str]]]  # header and rows
 
 FORMULA = (
     "Read: the bytes of bfloat16 weights, without the embedding, of which a step looks up a few rows, and of keys and "
@@ -52,17 +55,14 @@ def _tables(run: Run) -> list[str]:
         for kind in ("checks", "speeds", "torch", "serving", "steps", "exact")
     }
     if lines["checks"]:
-        failed = sum(check["status"] == "FAIL" for check in lines["checks"])
+        failed = sum(check["status"] == FAIL for check in lines["checks"])
         tables.append(f"Kernels: {len(lines['checks'])} checks against float32, {failed} failed.")
     if timed := [line for line in lines["speeds"] if line["timing"]]:
-        tables.append(_kernels(timed, [line for line in lines["torch"] if "median_ms" in line]))
+        tables.append(table(*_kernels(timed, [line for line in lines["torch"] if "median_ms" in line])))
     elif lines["speeds"]:
         tables.append("No kernel was timed by itself: the checks took the time.")
-    tables += [
-        table
-        for table in (_serving(lines["serving"], run.copy_bytes_s), _training(lines["steps"]), _exact(lines["exact"]))
-        if table
-    ]
+    found = (_serving(lines["serving"], run.copy_bytes_s), _training(lines["steps"]), _exact(lines["exact"]))
+    tables += [table(header, rows) for header, rows in found if rows]
     left = sum(not line["timing"] for line in lines["speeds"])
     left += sum(line["median_ms"] is None for line in [*lines["serving"], *lines["steps"]])
     left += sum(not line["prompts"] for line in lines["exact"])
@@ -72,28 +72,29 @@ def _tables(run: Run) -> list[str]:
     ]
 
 
-def _kernels(timed: Sequence[Line], rivals: Sequence[Line]) -> str:
+def _kernels(timed: Sequence[Line], rivals: Sequence[Line]) -> Rows:
     """What was timed of ours and its rivals in jax, and what PyTorch took for the same cases."""
     rows = [
-        (
+        [
             line["case"],
             line["program"],
             f"{line['timing']['median_s'] * 1e3:.4f}",
             f"{line['timing']['iqr_s'] * 1e3:.4f}",
             "" if line["of_floor"] is None else f"{line['of_floor']:.0%}",
-        )
+        ]
         for line in timed
     ]
+    cases = {line["case"] for line in timed}
     rows += [
-        (line["case"], line["program"], f"{line['median_ms']:.4f}", f"{line['iqr_ms']:.4f}", "")
+        [line["case"], line["program"], f"{line['median_ms']:.4f}", f"{line['iqr_ms']:.4f}", ""]
         for line in rivals
-        if line["case"] in {ours["case"] for ours in timed}
+        if line["case"] in cases
     ]
     rows.sort(key=lambda row: row[0])
-    return _table(("kernel and case", "program", "ms", "quartiles apart", "of the floor"), rows)
+    return ["kernel and case", "program", "ms", "quartiles apart", "of the floor"], rows
 
 
-def _serving(lines: Sequence[Line], copy_bytes_s: float | None) -> str:
+def _serving(lines: Sequence[Line], copy_bytes_s: float | None) -> Rows:
     rows = []
     for line in lines:
         if line["median_ms"] is None:
@@ -103,11 +104,14 @@ def _serving(lines: Sequence[Line], copy_bytes_s: float | None) -> str:
         if copy_bytes_s is not None:
             least_ms = 1e3 * _bytes_read(size, int(batch[1:]), int(context)) / copy_bytes_s
             share = f"{least_ms:.2f} ms, {least_ms / line['median_ms']:.0%}"
-        method = "AR" if stride == "n1" else f"ISD, N = {stride[1:]}"
         spread = f"{line['median_ms']:.2f} ± {line['iqr_ms'] / 2:.2f}"
-        rows.append((size, batch[1:], context, method, spread, share, f"{line['break_even']:.3f}"))
-    header = ("model", "batch", "context", "decode step", "ms", "read at copy speed", "break-even TPF")
-    return _table(header, rows) if rows else ""
+        rows.append([size, batch[1:], context, _method(stride), spread, share, f"{line['break_even']:.3f}"])
+    return ["model", "batch", "context", "decode step", "ms", "read at copy speed", "break-even TPF"], rows
+
+
+def _method(stride: str) -> str:
+    """Of a part of a case's name, n1 or n4."""
+    return "AR" if stride == "n1" else f"ISD, N = {stride[1:]}"
 
 
 def _bytes_read(size: str, batch: int, context: int) -> int:
@@ -117,43 +121,28 @@ def _bytes_read(size: str, batch: int, context: int) -> int:
     return 2 * (config.num_params - embedding + cache)
 
 
-def _training(lines: Sequence[Line]) -> str:
+def _training(lines: Sequence[Line]) -> Rows:
     rows = [
-        (
+        [
             line["case"],
             f"{line['median_ms']:.0f} ± {line['iqr_ms'] / 2:.0f}",
             f"{line['tokens_per_s']:,.0f}",
             f"{line['mfu']:.1%}",
             f"{line['peak_bytes'] / 2**30:.1f}",
-        )
+        ]
         for line in lines
         if line["median_ms"] is not None
     ]
-    return _table(("training step", "ms", "tokens/s", "MFU (`train/flops.py`)", "peak GiB"), rows) if rows else ""
+    return ["training step", "ms", "tokens/s", "MFU (`train/flops.py`)", "peak GiB"], rows
 
 
-def _exact(lines: Sequence[Line]) -> str:
+def _exact(lines: Sequence[Line]) -> Rows:
     rows = []
     for line in lines:
         if line["prompts"]:
             dtype, mode, stride, batch = line["case"].split("_")
-            sums = "-" if line["differing_checksums"] is None else line["differing_checksums"]
-            method = "AR" if stride == "n1" else f"ISD, N = {stride[1:]}"
-            prompts, tokens = f"{line['prompts']:,}", f"{line['tokens']:,}"
-            rows.append((dtype, mode, method, batch[1:], prompts, tokens, line["differing_tokens"], sums))
-    header = (
-        "dtype",
-        "mode",
-        "against AR alone",
-        "batch",
-        "prompts",
-        "tokens",
-        "differing tokens",
-        "differing checksums",
-    )
-    return _table(header, rows) if rows else ""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+            sums = "-" if line["differing_checksums"] is None else str(line["differing_checksums"])
+            counts = [f"{line['prompts']:,}", f"{line['tokens']:,}", str(line["differing_tokens"]), sums]
+            rows.append([dtype, mode, _method(stride), batch[1:], *counts])
+    header = ["dtype", "mode", "against AR alone", "batch", "prompts", "tokens"]
+    return [*header, "differing tokens", "differing checksums"], rows

@@ -21,8 +21,8 @@ PAGE = Path("docs/results.md")
 INTRODUCTION = """\
 # Results
 
-Written by `make report`; each table names its command, date, device and versions. First what an H100 measured; then
-what was measured on two CPU cores with the tiny model of `assets/` (3 million parameters): tokens per forward,
+Written by `make report`; each table names its command, date, device and versions. First what accelerators measured;
+then what was measured on two CPU cores with the tiny model of `assets/` (3 million parameters): tokens per forward,
 acceptance and identity are properties of model and method, times are ratios on a CPU. What the compilers
 say about H200 and TPU is in [kernels.md](kernels.md#compiled-here-measured-there) and
 [plans](../benchmarks/results/plans.md), apart from what was measured. The server under load is in

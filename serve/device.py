@@ -302,7 +302,9 @@ def _put(state: DecodeState, slots: Int[Array, " B"], taken: DecodeState, batch:
     rest = state._replace(cache=None, shaping=state.shaping if is_shaped else None)
     rest = jax.tree.map(
         lambda x, old, new: x if new is old else x.at[slots].set(new),
-        *(rest, taken._replace(cache=None), batch._replace(cache=None)),
+        rest,
+        taken._replace(cache=None),
+        batch._replace(cache=None),
     )
     return rest._replace(cache=batch.cache, shaping=rest.shaping if is_shaped else state.shaping)
 

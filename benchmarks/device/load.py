@@ -7,7 +7,6 @@ with its report, its JSON and its plot. The model is the conversion that `conver
 
 import dataclasses
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -102,7 +101,7 @@ def _texts(case: LoadCase) -> list[str]:
 
 def _run(command: Sequence[str], seconds: float) -> int:
     """Exit status; after so many seconds it is asked to end, and reports what it has."""
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ)
+    process = subprocess.Popen(command, cwd=ROOT)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -95,7 +95,7 @@ class Report:
         sections = [
             f"# {self.environment['device']}, {self.environment['date']}" + " (dry: nothing timed)" * self.is_dry
         ]
-        sections.append(_table(["", ""], [[name, value] for name, value in self.environment.items()]))
+        sections.append(table(["", ""], [[name, value] for name, value in self.environment.items()]))
         if self.floors and not self.is_dry:
             sections.append(
                 f"Floors of this run: copy {self.floors.copy_gb_s:.0f} GB/s (read plus written), "
@@ -103,47 +103,47 @@ class Report:
             )
         if self.checks:
             counts = ", ".join(f"{count} {status}" for status, count in Counter(c.status for c in self.checks).items())
-            sections.append(f"## Correctness: {counts}\n\n" + _table(*_check_rows(self.checks)))
+            sections.append(f"## Correctness: {counts}\n\n" + table(*_check_rows(self.checks)))
             reasons = dict.fromkeys((check.case.split("/")[0], check.reason) for check in self.checks if check.reason)
             sections.append("\n".join(f"- {op}: {reason}" for op, reason in reasons))
         if self.speeds:
-            sections.append("## Speed\n\n" + _table(*_speed_rows(self.speeds)))
+            sections.append("## Speed\n\n" + table(*_speed_rows(self.speeds)))
             formulas = dict.fromkeys((line.case.split("/")[0], line.formula) for line in self.speeds if line.formula)
             sections.append("\n".join(f"- {op}: {formula}" for op, formula in formulas))
         if self.steps:
             sections.append(
                 "## Training steps\n\nRandom weights, full rows of random tokens, all supervised. MFU counts what the "
                 "method needs (`train/flops.py`) against the published bfloat16 peak.\n\n"
-                + _table(*_step_rows(self.steps))
+                + table(*_step_rows(self.steps))
             )
         if self.serving:
             sections.append(
                 "## Decode steps of the server\n\nRandom weights, greedy, steps launched ahead as the engine does. "
                 '"Break-even" is what a forward must commit to equal AR here: the ratio of the two steps. The last '
                 "column is derived, not measured: tokens/s if drafts were accepted as the tiny adapter's are "
-                "(`TRACE` in `serve_steps.py`).\n\n" + _table(*_serving_rows(self.serving))
+                "(`TRACE` in `serve_steps.py`).\n\n" + table(*_serving_rows(self.serving))
             )
         if self.exact:
             sections.append(
                 "## Bit for bit\n\nThe tiny model completes stretches of this repository's Python greedily. R-ISD, and "
                 "AR in batches, against AR of the base model without its adapter, one prompt at a time, in the same "
                 "dtype and mode. The default mode promises no bits and reports no checksums.\n\n"
-                + _table(*_exact_rows(self.exact))
+                + table(*_exact_rows(self.exact))
             )
         if self.conversions:
             sections.append(
                 "## Conversions\n\nA parent from nothing on this machine's Python packages, and conversions of it, on "
                 "held-out rows and prompts. Acceptance is teacher-forced, at temperature 1. Decoding is in bfloat16, "
-                "where a tie may part ISD from AR.\n\n" + _table(*_conversion_rows(self.conversions))
+                "where a tie may part ISD from AR.\n\n" + table(*_conversion_rows(self.conversions))
             )
         sections += self.notes
         if self.torch:
             sections.append(
-                "## PyTorch on the same device, in a process of its own\n\n" + _table(*_torch_rows(self.torch))
+                "## PyTorch on the same device, in a process of its own\n\n" + table(*_torch_rows(self.torch))
             )
         if self.candidates:
             winners = f"```python\n{self.tiles_entry}\n```" if self.tiles_entry else "No winner: nothing was timed."
-            sections.append("## Tiles\n\n" + winners + "\n\n" + _table(*_candidate_rows(self.candidates)))
+            sections.append("## Tiles\n\n" + winners + "\n\n" + table(*_candidate_rows(self.candidates)))
         return "\n\n".join(sections)
 
 
@@ -186,7 +186,8 @@ def _output_of(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

@@ -309,7 +309,7 @@ def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"]
         & (depths <= verdict.accepted_len[:, None])
         & (depths < num_committed[:, None])
     )
-    is_cold = is_running & (state.num_proposals == 0) & (num_checked > 0)
+    is_cold = is_running & (state.num_proposals == 0)
     is_accepted = is_verified & (depths < verdict.accepted_len[:, None])
     pad = ((0, 0), (0, counts.verified.shape[1] - num_checked))
     return Counts(
