@@ -7,7 +7,6 @@ drafts checked against a distribution they were not drawn from (at temperature 1
 "auto" takes what is fastest on the machine at hand, AR among it, so its figures are that machine's.
 """
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,14 +27,17 @@ RESULTS = Path("benchmarks/results/branches")
 
 def rules(stride: int) -> dict[str, ISD]:
     """What is compared at one stride, by name; the first is what the others are measured against."""
-    some = sorted({2, math.ceil(stride / 2)} - {stride})
-    placed = {f"{count} branches, placed": ISD(stride, branches=count) for count in some if count > 1}
+    one_group, full = 2 * stride - 1, stride**2
+    # As many as one group has, and a fifth, two fifths of the rest.
+    budgets = sorted({one_group + round(share * (full - one_group)) for share in (0.0, 0.2, 0.4)})
+    placed = {f"{rows} rows, placed": ISD(stride, rows=rows) for rows in budgets}
     return {
         "official": ISD(stride, proposals="argmax", rule="official"),
         "one group": ISD(stride),
         **placed,
         f"full ({stride} branches)": ISD(stride, branches=stride),
         "one group, coupled": ISD(stride, rule="coupled"),
+        f"{one_group} rows, placed, coupled": ISD(stride, rows=one_group, rule="coupled"),
         f"full ({stride} branches), coupled": ISD(stride, branches=stride, rule="coupled"),
         "auto": ISD("auto", branches="auto", max_stride=stride),
     }

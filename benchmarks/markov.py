@@ -34,7 +34,7 @@ ADAPTERS: dict[str, tuple[Path, int, tuple[int, ...]]] = {
     "no head, blocks of 7": (Path("runs/tiny_lora_b7/adapter"), 7, (8,)),
     "head, blocks of 7": (Path("runs/tiny_markov_b7/adapter"), 7, (8,)),
 }
-RULES = ("official", "one group", "2 branches, placed", "4 branches, placed", "full (4 branches)", "full (8 branches)")
+RULES = ("official", "one group", "7 rows, placed", "15 rows, placed", "full (4 branches)", "full (8 branches)")
 
 
 def measure(

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 import idlm_jax
 from idlm_jax.cli.plots import plot_trace, save
 from idlm_jax.cli.trace import summary, texts_by_forward
-from idlm_jax.decoding.window import build_window
+from idlm_jax.decoding.window import Rows, build_window
 from pallas_kernels.two_stream_attention import two_stream_attention
 from train.batch import Batch
 from train.layout import Layout, ObjectiveSettings, lay_out
@@ -46,30 +46,30 @@ def draw_pictures(out: Annotated[Path, typer.Option(help="Folder to write to.")]
 def draw_windows() -> Figure:
     """Who sees whom among the query rows of a forward, for three plans."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
+    one_group, every = [(3, depth) for depth in (1, 2, 3)], [(at, depth) for at in (0, 1, 2) for depth in (1, 2)]
     plans = {
-        "stride 4, cold start: nothing drafted": (4, 0, (0,)),
-        "stride 4: three drafts, one group of MASKs": (4, 3, (3,)),
-        "stride 3, branches 3: a group for every prefix": (3, 2, (0, 1, 2)),
+        "stride 4: three drafts, one group of MASKs": (3, one_group),
+        "stride 4, 7 rows: each MASK where it pays most": (2, [(0, 1), (2, 1), (0, 2), (2, 2)]),
+        "stride 3, branches 3: a group for every prefix": (2, every),
     }
-    for axes, (title, (stride, num_drafts, prefixes)) in zip(figure.subplots(1, 3), plans.items(), strict=True):
-        num_masks = stride - 1
+    for axes, (title, (num_drafts, masks)) in zip(figure.subplots(1, 3), plans.items(), strict=True):
+        rows = [(index, 0) for index in range(num_drafts + 1)] + masks
         window = build_window(
             jnp.arange(num_drafts + 1)[None],
             jnp.array([num_drafts + 1]),
             jnp.zeros(1, jnp.int32),
-            jnp.array([prefixes]),
-            num_masks,
+            Rows(*(jnp.array([each]) for each in zip(*rows, strict=True))),
             MASK,
         )
         names = ["pending", *(f"draft {depth}" for depth in range(1, num_drafts + 1))]
-        names += [f"MASK {depth}" for _ in prefixes for depth in range(1, num_masks + 1)]
-        rows = [
+        names += [f"MASK {depth}" for _, depth in masks]
+        labels = [
             f"{name} at t+{at}" if at else f"{name} at t" for name, at in zip(names, window.positions[0], strict=True)
         ]
         # Every row sees all that was committed before the window.
         visible = np.pad(np.asarray(window.visible[0]), ((0, 0), (1, 0)), constant_values=True)
         is_mask = np.pad(np.asarray(window.is_mask[0]), (1, 0))
-        _draw_mask(axes, visible, is_mask, rows, ["context", *names])
+        _draw_mask(axes, visible, is_mask, labels, ["context", *names])
         axes.set_title(title, fontsize=9)
         axes.set_ylabel("query row")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=2)

@@ -28,6 +28,10 @@ Proposals = Annotated[Literal["sampled", "argmax"], typer.Option(help="How draft
 Branches = Annotated[
     str, typer.Option(help="Groups of MASKs per forward, 1..stride or auto: more rows, fewer forwards.")
 ]
+Rows = Annotated[
+    int | None,
+    typer.Option(help="Query rows per forward, stride+1..stride^2, each MASK where it pays most; not with --branches."),
+]
 Rule = Annotated[
     Literal["exact", "coupled"],
     typer.Option(help="coupled: a seed gives plain AR's own text, whatever is drafted; always so where auto."),
@@ -54,6 +58,7 @@ def chosen_method(
     max_stride: int,
     proposals: Literal["sampled", "argmax"],
     branches: str,
+    rows: int | None,
     rule: Literal["exact", "coupled"],
     block_length: int,
     threshold: float,
@@ -73,9 +78,9 @@ def chosen_method(
         if most == "auto":
             raise ValueError("two-pass decoding has one stride: 'auto' chooses among those of ISD")
         return TwoPass(most)
-    if (most, groups) == (1, 1):
+    if (most, groups, rows) == (1, 1, None):
         return AR()
-    return ISD(most, proposals, groups, rule, max_stride)
+    return ISD(most, proposals, groups, rule, max_stride, rows)
 
 
 def _number_or_auto(name: str, text: str) -> int | Choice:

@@ -106,11 +106,11 @@ class Device:
             for level in levels
             for choice, method in enumerate(menu)
         }
-        # The most drafts; a prefill has one group of MASKs whatever the branches.
+        # The most drafts; a prefill has one group of MASKs whatever the rows.
         widest = max(range(len(menu)), key=lambda choice: menu[choice].num_masks)
 
         def make_state() -> DecodeState:
-            keeps_confidence = any(plan.places_branches for plan in plans.values())
+            keeps_confidence = any(plan.places_masks for plan in plans.values())
             return _idle_state(lm, config, plans[levels[-1], widest], self.layout, keeps_confidence=keeps_confidence)
 
         state = jax.eval_shape(make_state)
@@ -353,8 +353,8 @@ def _run_chunks(
     """Gives each named slot to a request and reads a stretch of its prompt; `state` is donated.
 
     A request whose keys and values were thrown away is restored as it was: its prefill stops before its pending token,
-    so the MASKs stand where those of its last forward stood and draft the same tokens. Only whether that forward left
-    any drafts, and its pending token, must be told.
+    so the MASKs stand where those of its last forward stood and draft the same tokens. How many of them it had, and its
+    pending token, must be told.
     """
     prompts = unpack_chunks(layout, words)
     taken = _take(state, prompts.slot, shapes=masks is not None)
@@ -374,7 +374,7 @@ def _run_chunks(
     batch, committed = prefill_chunk(
         module, plan, batch, prompts.tokens, prompts.start, known=prompts.restored, allowed=masks
     )
-    num_restored = jnp.where(prompts.has_drafts, jnp.int32(plan.num_masks), jnp.int32(0))
+    num_restored = jnp.minimum(prompts.num_drafts, plan.num_masks)
     batch = batch._replace(num_proposals=jnp.where(prompts.restored >= 0, num_restored, batch.num_proposals))
     return _put(state, prompts.slot, taken, batch), pack_outcome(batch, committed)
 

@@ -140,7 +140,7 @@ def pack_chunks(
         request = chunk.request
         restored = -1 if chunk.restored is None else chunk.restored
         words[row, :_PLACE] = (
-            request.slot, chunk.start, chunk.num_tokens, chunk.is_last, restored, request.num_drafts > 0,
+            request.slot, chunk.start, chunk.num_tokens, chunk.is_last, restored, request.num_drafts,
         )  # fmt: skip
         words[row, _PLACE:at_table] = fixed
         words[row, at_table : at_table + len(request.pages)] = request.pages
@@ -157,7 +157,7 @@ class Prompts(NamedTuple):
     num_tokens: Int[Array, " B"]
     is_last: Bool[Array, " B"]
     restored: Int[Array, " B"]
-    has_drafts: Bool[Array, " B"]
+    num_drafts: Int[Array, " B"]  # of a restored request
     end: Int[Array, " B"]
     prompt_len: Int[Array, " B"]
     sampling: Sampling
@@ -176,14 +176,14 @@ def unpack_chunks(layout: Layout, words: Int[Array, "B words"]) -> Prompts:
     at_biases = at_stops + layout.num_stop_ids
     at_table = _PLACE + fixed_words(layout)
     at_tokens = at_table + layout.table_width
-    slot, start, num_tokens, is_last, restored, has_drafts, end, prompt_len, first_stop, top_k, seed = (
+    slot, start, num_tokens, is_last, restored, num_drafts, end, prompt_len, first_stop, top_k, seed = (
         words[:, column] for column in range(at_floats)
     )
     floats = jax.lax.bitcast_convert_type(words[:, at_floats:at_stops], jnp.float32)
     temperature, top_p, *wishes = (floats[:, column] for column in range(_FLOATS))
     bias_ids, biases = jnp.split(words[:, at_biases:at_table], 2, axis=1)
     return Prompts(
-        slot, start, num_tokens, is_last != 0, restored, has_drafts != 0, end, prompt_len,
+        slot, start, num_tokens, is_last != 0, restored, num_drafts, end, prompt_len,
         sampling=Sampling(temperature, top_k, top_p, seed=jax.lax.bitcast_convert_type(seed, jnp.uint32)),
         wishes=Wishes(*wishes, first_stop=first_stop),
         stop_ids=words[:, at_stops:at_biases],

@@ -73,11 +73,12 @@ class Limits:
     def span(self, end: int) -> int:
         """Slots in which a request that ends before position `end` may write anything that counts.
 
-        Its last token is never written, except with its block. But a MASK stands behind room for all drafts also where
-        there are none, and behind other branches, so the one that drafts this token may be as many slots further on.
+        Its last token is never written, except with its block. But MASKs stand behind all drafts and behind MASKs of
+        other prefixes: the last row may be the first MASK behind the pending token, which drafts the second token after
+        it, and that may be the request's last.
         """
         num_written = end if self.block_length is not None else end - 1
-        return num_written + max(window.rows - window.stride for window in self.windows)
+        return num_written + max(max(window.rows - 2, 0) for window in self.windows)
 
     def pages_for(self, request: "Request", num_slots: int) -> int:
         """Pages of a request that wants to write `num_slots` slots, of which those past its span count for nothing."""

@@ -54,7 +54,7 @@ class ConvertCase:
     is_dry: bool = False
 
 
-STRIDES = tuple(ISD(stride, branches=branches) for stride, branches in ((4, 1), (4, 4), (8, 1), (8, 8)))
+STRIDES = (ISD(4), ISD(4, rows=7), ISD(4, branches=4), ISD(8), ISD(8, rows=15), ISD(8, branches=8))
 PARENT = {"objective": "ar", "learning_rate": 1e-3, "weight_decay": 0.1}
 MODEL_60M = {"vocab_size": 16384, "hidden_size": 640, "num_layers": 10, "num_heads": 10, "num_kv_heads": 5}
 MODEL_60M |= {"head_dim": 64, "mlp_size": 1792}

@@ -40,7 +40,7 @@ class LoadCase:
     """
 
     name: str
-    strides: str = "4,4x4,auto,1"
+    strides: str = "4,4r7,4x4,auto,1"
     concurrency: str = "1,4,8,16,32,64"
     num_prompts: int = 128
     rounds: int = 2

@@ -34,7 +34,9 @@ def evaluate_suite(
     ] = None,
     served_model: Annotated[str | None, typer.Option(help="By default the one model that /v1/models names.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="With MODEL: folder of a gated LoRA adapter (R-ISD).")] = None,
-    stride: Annotated[str, typer.Option(help="With MODEL: 1 is plain AR, 4x2 has two branches, or auto.")] = "4",
+    stride: Annotated[
+        str, typer.Option(help="With MODEL: 1 is plain AR, 4x2 has two branches, 8r15 15 rows, or auto.")
+    ] = "4",
     serve_args: Annotated[str, typer.Option(help='With MODEL: for the server, as in "--tp-size 4".')] = "",
     start_timeout: Annotated[float, typer.Option(help="Seconds a started server may load and compile.")] = 1800,
     tasks: Annotated[str | None, typer.Option(help="Some of the suite, as in gsm8k,math500. Default: all.")] = None,

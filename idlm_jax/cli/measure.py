@@ -46,6 +46,12 @@ def measure(
     branches: Annotated[
         str, typer.Option(help="Groups of MASKs per forward, comma-separated; 'full' is one behind every prefix.")
     ] = "1",
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            "--rows", help="Also forwards of so many query rows, comma-separated, each at every stride that it fits."
+        ),
+    ] = None,
     rules: Annotated[
         str,
         typer.Option(help="exact, coupled, official, comma-separated; official has argmax proposals and one group."),
@@ -94,7 +100,7 @@ def measure(
 
     Example: idlm measure Qwen3-8B --adapter I-DLM-8B-lora --prompts code=code.jsonl --prompts chat=chat.jsonl
     """
-    drafting = _methods(strides, branches, rules, proposals, two_pass=two_pass)
+    drafting = _methods(strides, branches, budgets, rules, proposals, two_pass=two_pass)
     thresholds = _items("--block-diffusion", block_diffusion, float) if block_diffusion is not None else []
     methods = drafting + [
         BlockDiffusion(diffusion_block, threshold, predicts_next=predicts_next) for threshold in thresholds
@@ -160,13 +166,16 @@ def measure(
         plot_consistency(plot, rows)
 
 
-def _methods(strides: str, branches: str, rules: str, proposals: str, *, two_pass: bool) -> list[Method]:
+def _methods(
+    strides: str, branches: str, budgets: str | None, rules: str, proposals: str, *, two_pass: bool
+) -> list[Method]:
     """Every combination; the official rule has one group and one kind of proposals.
 
     Raises:
         ValueError: something is misspelt, or ISD knows no such method.
     """
     groups = _items("--branches", branches, lambda text: None if text == "full" else _number(text, "'full'"))
+    placed = [] if budgets is None else _items("--rows", budgets, _number)
     chosen = _items("--rules", rules, lambda text: _one_of(text, RULES))
     drafts = _items("--proposals", proposals, lambda text: _one_of(text, PROPOSALS))
     found: list[Method] = []
@@ -180,6 +189,12 @@ def _methods(strides: str, branches: str, rules: str, proposals: str, *, two_pas
             found += [
                 ISD(stride, proposals=kind, branches=stride if count is None else count, rule=rule)
                 for count in groups
+                for kind in drafts
+            ]
+            found += [
+                ISD(stride, proposals=kind, rule=rule, rows=rows)
+                for rows in placed
+                if stride < rows <= stride**2
                 for kind in drafts
             ]
         if two_pass:

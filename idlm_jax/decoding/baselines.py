@@ -56,10 +56,6 @@ class BlockDiffusion:
         return self.block_length - 1
 
     @property
-    def branches(self) -> int:
-        return 1
-
-    @property
     def window_len(self) -> int:
         """Query rows of a forward."""
         return self.block_length
@@ -96,10 +92,6 @@ class TwoPass:
     def num_masks(self) -> int:
         """MASK rows of a drafting forward, M = stride - 1."""
         return self.stride - 1
-
-    @property
-    def branches(self) -> int:
-        return 1
 
     @property
     def window_len(self) -> int:

@@ -199,7 +199,7 @@ def prepare_batch(
         )
         for each in method.menu
     )
-    # The most drafts; a prefill has one group of MASKs whatever the branches.
+    # The most drafts; a prefill has one group of MASKs whatever the rows.
     plan = max(plans, key=lambda each: each.num_masks)
     # Padding slots: one-token prompts with no budget, done before they start.
     state = initial_state(
@@ -212,7 +212,7 @@ def prepare_batch(
         sampling,
         shaping=shaping_of(params, prompts, slots, config.vocab_size),
         written_rows=max(each.written_rows for each in plans),
-        keeps_confidence=any(each.places_branches for each in plans),
+        keeps_confidence=any(each.places_masks for each in plans),
     )
     return PreparedBatch(plan, plans, state, prompt_lens, prefill_rows)
 

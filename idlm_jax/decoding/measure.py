@@ -6,7 +6,7 @@ Works from what a `Completion` reports, so it knows nothing of how a method deco
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -209,14 +209,14 @@ def predicted_long(method: Method, counted: Tally, weights: Weights) -> Estimate
     return estimate(lambda weights: tokens_per_forward(_chain(method, counted, weights)), weights)
 
 
-def _follows_chain(method: Method) -> bool:
+def _follows_chain(method: Method) -> TypeGuard[AR | ISD | TwoPass]:
     return isinstance(method, AR | ISD | TwoPass) and len(method.menu) == 1
 
 
-def _chain(method: Method, counted: Tally, weights: Weights) -> Chain:
+def _chain(method: AR | ISD | TwoPass, counted: Tally, weights: Weights) -> Chain:
     acceptance = safe_ratio(weights @ counted.accept_probs, weights @ counted.verified)
     # A depth that no window reached has no say in where windows end.
-    return chain_of(np.nan_to_num(acceptance), 0 if isinstance(method, TwoPass) else int(method.branches))
+    return chain_of(np.nan_to_num(acceptance), method)
 
 
 def _checked(lm: LanguageModel, prompts: Mapping[str, Sequence[Prompt]], max_tokens: int) -> dict[str, list[list[int]]]:

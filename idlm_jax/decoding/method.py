@@ -25,10 +25,6 @@ class AR:
         return 0
 
     @property
-    def branches(self) -> int:
-        return 1
-
-    @property
     def window_len(self) -> int:
         """Query rows of a decode forward, W."""
         return 1
@@ -50,9 +46,8 @@ class ISD:
             likely token, whose distribution is then a point mass. Both are exact.
         branches: groups of MASKs per forward, 1 to `stride`. One stands behind the last draft, so a refused draft
             leaves nothing to verify next time (a cold start). With as many as `stride`, every prefix of the drafts has
-            its own and no start is cold, at stride^2 rows. In between, they stand behind the prefixes at which
-            verification is most likely to end, by the drafts' own probabilities. All are exact. "auto" chooses among
-            1, 2 and 4. Source: differs, the reference has one group.
+            its own and no start is cold, at stride^2 rows. In between, the rows of so many groups are `rows`. "auto"
+            chooses among the rows of 1, 2 and 4. Source: differs, the reference has one group.
         rule: how drafts are verified.
             "exact": accept with min(1, p/q), correct from the residual (Leviathan et al. 2023). Samples are distributed
             as AR's.
@@ -63,6 +58,10 @@ class ISD:
             "official": argmax proposals checked against the soft distribution they were not drawn from, as the
             reference implementation does. Its samples are not distributed as AR's; kept for comparison.
         max_stride: the largest stride that "auto" may choose: one more than the block length of training.
+        rows: query rows of a forward, from `stride` + 1 to stride^2, in place of `branches`. What the pending token and
+            the drafts leave of them is MASKs, each behind the prefix and at the depth where its draft is most likely to
+            be of use (`placement`). So many drafts as then stand behind the accepted ones are verified next, 0 to
+            `stride` - 1. Exact. Source: differs, the reference has one group.
     """
 
     stride: int | Choice = 4
@@ -70,6 +69,7 @@ class ISD:
     branches: int | Choice = 1
     rule: Literal["exact", "coupled", "official"] = "exact"
     max_stride: int = 4
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.stride != "auto" and not (isinstance(self.stride, int) and 1 <= self.stride <= MAX_STRIDE):
@@ -87,6 +87,18 @@ class ISD:
             raise ValueError("rule='official' is defined for proposals='argmax' only")
         if self.rule == "official" and (self.branches != 1 or self.stride == "auto"):
             raise ValueError("rule='official' has one group of MASKs and one stride: nothing can be branched or 'auto'")
+        if self.rows is not None:
+            self._check_rows(self.rows)
+
+    def _check_rows(self, rows: int) -> None:
+        if self.stride == "auto":
+            raise ValueError(f"{rows=} are those of one stride, and stride='auto' has several")
+        if self.branches != 1:
+            raise ValueError(f"{rows=} stand in place of branches={self.branches!r}: give one of them")
+        if self.rule == "official":
+            raise ValueError(f"rule='official' has one group of MASKs, so no choice of {rows=}")
+        if self.stride == 1 or not self.stride < rows <= self.stride**2:
+            raise ValueError(f"{rows=} must lie in stride + 1..stride^2, and a stride of 1 has no choice")
 
     @property
     def num_masks(self) -> int:
@@ -98,7 +110,14 @@ class ISD:
         """Query rows of a decode forward: the pending token, M drafts, and M MASKs per branch; the most of "auto"."""
         if "auto" in (self.stride, self.branches):
             return max(method.window_len for method in self.menu)
+        if self.rows is not None:
+            return self.rows
         return window_len(self.num_masks + 1, int(self.branches))
+
+    @property
+    def places_masks(self) -> bool:
+        """Whether MASKs compete for rows; else there is one group, or one behind every prefix. Not of "auto"."""
+        return self.rows is not None or (self.branches != 1 and self.branches != self.stride)
 
     @property
     def menu(self) -> tuple["Method", ...]:
@@ -112,12 +131,12 @@ class ISD:
             if stride == 1:
                 methods.append(AR())
                 continue
-            groups = (1, 2, 4) if self.branches == "auto" else (min(self.branches, stride),)
-            methods += [
-                dataclasses.replace(self, stride=stride, branches=count, rule="coupled")
-                for count in groups
-                if count <= stride
-            ]
+            if self.branches != "auto":
+                groups = min(self.branches, stride)
+                methods.append(dataclasses.replace(self, stride=stride, branches=groups, rule="coupled"))
+                continue
+            for rows in (window_len(stride, groups) for groups in (1, 2, 4) if groups <= stride):
+                methods.append(dataclasses.replace(self, stride=stride, branches=1, rows=rows, rule="coupled"))
         return tuple(methods)
 
 
@@ -143,6 +162,7 @@ def method_name(method: Method) -> str:
             return _block_diffusion_name(method)
     kind = "" if (method.proposals, method.rule) == ("sampled", "exact") else f" {method.proposals}, {method.rule}"
     branches = f" x{method.branches}" if method.branches != 1 else ""
+    branches += "" if method.rows is None else f" {method.rows} rows"
     return f"ISD N={method.stride}{branches}{kind}"
 
 
@@ -163,8 +183,9 @@ class StepPlan:
     """What the compiled step must know; everything else about a request is an array.
 
     Attributes:
-        num_masks: proposals verified and drafted per forward, M.
-        branches: groups of M MASKs per forward.
+        num_masks: most proposals verified and drafted per forward, M.
+        window_len: query rows of a decode forward, W.
+        places_masks: MASKs compete for the rows, by how likely they are to be of use.
         argmax_proposals: draft the most likely token instead of a draw.
         soft_proposals: take an argmax draft for a draw from its MASK row's distribution (the official rule).
         coupled: draft and verify with AR's own noise.
@@ -179,13 +200,14 @@ class StepPlan:
     """
 
     num_masks: int
+    window_len: int
     argmax_proposals: bool
     soft_proposals: bool
     filtered: bool
     all_greedy: bool
     num_top_logprobs: int | None
     mask_token_id: int
-    branches: int = 1
+    places_masks: bool = False
     coupled: bool = False
     mesh: Mesh | None = None
     group_slots: int | None = None
@@ -203,8 +225,8 @@ class StepPlan:
             raise ValueError(f"{self.group_slots=} must be at least 1")
         if self.window_len > TILE_ROWS:
             raise ValueError(
-                f"deterministic='bitwise' computes {TILE_ROWS} rows a request, and a window of stride "
-                f"{self.num_masks + 1} with branches={self.branches} has {self.window_len}"
+                f"deterministic='bitwise' computes {TILE_ROWS} rows a request, and a window of this method has "
+                f"{self.window_len}: a shorter stride, less branches, or rows={TILE_ROWS} fit"
             )
 
     @property
@@ -216,18 +238,6 @@ class StepPlan:
         if self.block is not None:
             return 2 * self.block.block_length
         return self.window_len if self.group_slots is None else TILE_ROWS
-
-    @property
-    def window_len(self) -> int:
-        """Query rows of a decode forward, W."""
-        if self.block is not None or self.two_pass:
-            return self.num_masks + 1
-        return window_len(self.num_masks + 1, self.branches)
-
-    @property
-    def places_branches(self) -> bool:
-        """Whether prefixes compete for branches, by how likely verification is to end at each."""
-        return self.num_masks > 0 and 1 < self.branches <= self.num_masks
 
     @property
     def keeps_proposal_logits(self) -> bool:
@@ -249,7 +259,8 @@ def step_plan(
     """The plan of a method's forwards, where nothing is "auto": take one of its `menu`; arguments as in `StepPlan`."""
     return StepPlan(
         num_masks=method.num_masks,
-        branches=int(method.branches),
+        window_len=method.window_len,
+        places_masks=isinstance(method, ISD) and method.places_masks,
         argmax_proposals=isinstance(method, ISD) and method.proposals == "argmax",
         soft_proposals=isinstance(method, ISD) and method.rule == "official",
         coupled=isinstance(method, ISD) and method.rule == "coupled",

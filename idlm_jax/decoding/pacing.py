@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from idlm_jax.decoding.chain import chain_of, tokens_per_forward
-from idlm_jax.decoding.method import Method
+from idlm_jax.decoding.method import AR, ISD, Method
 from idlm_jax.decoding.step_times import StepTimes
 
 # In forwards. A probe of a method that is slower by a fifth, once in 256 forwards, costs 0.4 % of the time.
@@ -122,10 +122,11 @@ class Pacer:
         return found / (self._forwards[index] + PRIOR_FORWARDS)
 
     def _expect(self, method: Method) -> np.ndarray:
+        assert isinstance(method, AR | ISD)  # nothing else is in a menu of several
         mean = np.array(self.acceptance()[: method.num_masks])
         error = np.sqrt(mean * (1 - mean) / (self._verified[: method.num_masks] + PRIOR_DRAFTS + 1))
         acceptance = np.clip(np.stack([mean - error, mean, mean + error]), 0.0, 1.0)
-        return tokens_per_forward(chain_of(acceptance, int(method.branches)))
+        return tokens_per_forward(chain_of(acceptance, method))
 
     def rates(self, batch: int) -> dict[int, Rate]:
         """By method, as far as they are timed at this batch size.
@@ -175,13 +176,14 @@ class Pacer:
             self._current[batch] = best
 
     def _rival(self, batch: int) -> int | None:
-        """What to try: in turn, all that may be better than what runs; seldom, what cannot be by all that is known."""
+        """What to try: what may be better than what runs by the most; seldom, what cannot be by all that is known."""
         self._num_probes += 1
         rates, current = self.rates(batch), self._current[batch]
         others = [index for index in rates if index != current]
         rivals = [each for each in others if _may_beat(rates[each], rates[current])]
         if rivals:
-            return rivals[self._num_probes % len(rivals)]
+            # Trying it makes its error smaller, so the others have their turns.
+            return max(rivals, key=lambda index: rates[index].log + HOPEFUL * rates[index].error)
         if self._num_probes % LONG_SHOT_EVERY:
             return None
         if current == 0:

@@ -76,7 +76,7 @@ class DecodeState(NamedTuple):
     proposals: Int[Array, "B M"]
     proposal_logits: Float[Array, "B M V"] | None  # what they were drawn from; None for point masses
     proposal_stats: RowStats | None
-    confidence: Float[Array, "B M"] | None  # q of each proposal, if the plan places branches by it
+    confidence: Float[Array, "B M"] | None  # q of each proposal, if the plan places MASKs by it
     num_proposals: Int[Array, " B"]  # 0 means that the next forward is a cold start
     sampling: Sampling
     shaping: Shaping | None  # None where nobody wants anything of it
@@ -142,7 +142,7 @@ def initial_state(
         paging: page table and pool; by default a pool cut into one equal stretch per request.
         shaping: of each request, if any wants it.
         written_rows: most cache slots that any forward to come writes; those of `plan` by default.
-        keeps_confidence: whether other plans than `plan` place branches.
+        keeps_confidence: whether other plans than `plan` place MASKs.
     """
     batch, capacity = tokens.shape
     num_masks = plan.num_masks
@@ -179,7 +179,7 @@ def initial_state(
         proposals=zeros(num_masks),
         proposal_logits=proposal_logits,
         proposal_stats=proposal_stats,
-        confidence=zeros(num_masks, dtype=jnp.float32) if plan.places_branches or keeps_confidence else None,
+        confidence=zeros(num_masks, dtype=jnp.float32) if plan.places_masks or keeps_confidence else None,
         num_proposals=zeros(),
         sampling=sampling,
         shaping=shaping,

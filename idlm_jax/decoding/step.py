@@ -14,10 +14,11 @@ from idlm_jax.decoding import fixed_width
 from idlm_jax.decoding.block_diffusion import denoise, prefill_block
 from idlm_jax.decoding.method import StepPlan
 from idlm_jax.decoding.over_mesh import on_every_device, whole_logits
+from idlm_jax.decoding.placement import rows_of
 from idlm_jax.decoding.record import how_many, logprobs_of, record
 from idlm_jax.decoding.shaping import count, shape
 from idlm_jax.decoding.state import Committed, Counts, DecodeState, Finish, narrowed, widened
-from idlm_jax.decoding.window import Outputs, Window, build_window
+from idlm_jax.decoding.window import Outputs, Rows, Window, build_window
 from idlm_jax.model.attention import paged_attend
 from idlm_jax.model.kv_cache import KVCache
 from idlm_jax.model.transformer import Qwen3
@@ -115,11 +116,10 @@ def _prefill_at_once(
         carried=state.cache,
         lora_gate=is_mask,
     )
-    # The last prompt token is the one anchor, with no draft to verify; the one group took no draft for granted.
-    rows = num_tokens - 1 + jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None]
-    used = jnp.take_along_axis(hidden, rows[..., None], axis=1)
+    rows = _prompt_end(plan, len(start))
+    used = jnp.take_along_axis(hidden, (num_tokens - 1 + rows.depth)[..., None], axis=1)
     state, outputs = state._replace(cache=cache), Outputs(used, whole_logits(module.logits(used), plan))
-    return _commit_and_draft(module, plan, state, outputs, jnp.zeros_like(num_tokens), known=known, allowed=allowed)
+    return _commit_and_draft(module, plan, state, outputs, rows, num_anchors=1, known=known, allowed=allowed)
 
 
 def _prefill_by_tiles(
@@ -134,10 +134,17 @@ def _prefill_by_tiles(
     """`prefill_chunk` of one group: the stretch but for its last token, then that token as a window without drafts."""
     state = fixed_width.write_prompt(module, plan, state, tokens, start)
     last = jnp.take_along_axis(tokens, (state.context_len - start)[:, None], axis=1)
-    no_draft = jnp.zeros_like(last)
-    window = build_window(last, jnp.ones_like(start), state.context_len, no_draft, plan.num_masks, plan.mask_token_id)
+    rows = _prompt_end(plan, len(start))
+    window = build_window(last, jnp.ones_like(start), state.context_len, rows, plan.mask_token_id)
     outputs, cache = fixed_width.window_outputs(module, plan, state, window)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), outputs, no_draft, known=known, allowed=allowed)
+    state = state._replace(cache=cache)
+    return _commit_and_draft(module, plan, state, outputs, rows, num_anchors=1, known=known, allowed=allowed)
+
+
+def _prompt_end(plan: StepPlan, batch: int) -> Rows:
+    """The last prompt token, which has no draft to verify, and the MASKs behind it."""
+    depth = jnp.broadcast_to(jnp.arange(plan.num_masks + 1, dtype=jnp.int32)[None], (batch, plan.num_masks + 1))
+    return Rows(jnp.zeros_like(depth), depth)
 
 
 def decode_step(module: Qwen3, plan: StepPlan, state: DecodeState) -> DecodeState:
@@ -172,17 +179,12 @@ def _verify_and_draft(
     module: Qwen3, plan: StepPlan, state: DecodeState, allowed: UInt[Array, "B C words"] | None
 ) -> tuple[DecodeState, Committed]:
     """`decode_window` for a state with room for as many drafts as the plan makes."""
-    group_prefix = _prefixes(plan, state)
-    window = build_window(
-        jnp.concatenate([state.pending[:, None], state.proposals], axis=1),
-        state.num_proposals + 1,
-        state.context_len,
-        group_prefix,
-        plan.num_masks,
-        plan.mask_token_id,
-    )
+    rows = rows_of(plan, state)
+    clean = jnp.concatenate([state.pending[:, None], state.proposals], axis=1)
+    window = build_window(clean, state.num_proposals + 1, state.context_len, rows, plan.mask_token_id)
     outputs, cache = _window_outputs(module, plan, state, window)
-    return _commit_and_draft(module, plan, state._replace(cache=cache), outputs, group_prefix, allowed=allowed)
+    state, num_anchors = state._replace(cache=cache), plan.num_masks + 1
+    return _commit_and_draft(module, plan, state, outputs, rows, num_anchors=num_anchors, allowed=allowed)
 
 
 def _verify_or_draft(
@@ -191,20 +193,15 @@ def _verify_or_draft(
     """A forward of `TwoPass`: with drafts to verify it makes none, without any it commits a token and drafts."""
     drafts = state.num_proposals == 0
     behind = jnp.where(drafts[:, None], plan.mask_token_id, state.proposals)
-    window = build_window(
-        jnp.concatenate([state.pending[:, None], behind], axis=1),
-        jnp.full_like(state.pending, plan.num_masks + 1),
-        state.context_len,
-        jnp.zeros((len(drafts), 0), jnp.int32),
-        num_masks=0,
-        mask_token_id=plan.mask_token_id,
-    )
-    is_mask = drafts[:, None] & (jnp.arange(plan.num_masks + 1) > 0)[None]
+    clean = jnp.concatenate([state.pending[:, None], behind], axis=1)
+    row = jnp.broadcast_to(jnp.arange(plan.window_len, dtype=jnp.int32)[None], clean.shape)
+    every = jnp.full_like(state.pending, plan.window_len)
+    window = build_window(clean, every, state.context_len, Rows(row, jnp.zeros_like(row)), plan.mask_token_id)
+    is_mask = drafts[:, None] & (row > 0)
     outputs, cache = _window_outputs(module, plan, state, window._replace(is_mask=is_mask))
-    # The MASKs stand behind the pending token; behind no prefix at all where there are none.
-    group_prefix = jnp.where(drafts, 0, -1)[:, None]
-    outputs = Outputs(*(jnp.concatenate([each, each[:, 1:]], axis=1) for each in outputs))
-    return _commit_and_draft(module, plan, state._replace(cache=cache), outputs, group_prefix, allowed=allowed)
+    rows = Rows(jnp.where(is_mask, 0, row), jnp.where(is_mask, row, 0))
+    state, num_anchors = state._replace(cache=cache), plan.window_len
+    return _commit_and_draft(module, plan, state, outputs, rows, num_anchors=num_anchors, allowed=allowed)
 
 
 def _window_outputs(module: Qwen3, plan: StepPlan, state: DecodeState, window: Window) -> tuple[Outputs, KVCache]:
@@ -222,29 +219,14 @@ def _window_outputs(module: Qwen3, plan: StepPlan, state: DecodeState, window: W
     return Outputs(hidden, whole_logits(module.logits(hidden), plan)), cache
 
 
-def _prefixes(plan: StepPlan, state: DecodeState) -> Int[Array, "B P"]:
-    """Drafts that each group of MASKs takes for granted."""
-    num_prefixes = plan.num_masks + 1
-    if plan.num_masks == 0 or plan.branches == 1:
-        return state.num_proposals[:, None]
-    every = jnp.broadcast_to(jnp.arange(num_prefixes, dtype=jnp.int32), (len(state.pending), num_prefixes))
-    if not plan.places_branches:
-        return every
-    assert state.confidence is not None
-    # A guess at where verification will end, from q alone: drafts must not depend on its outcome.
-    accept = jnp.where(every[:, 1:] <= state.num_proposals[:, None], state.confidence, 0.0)
-    reached = jnp.cumprod(jnp.pad(accept, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
-    ends_here = reached * (1.0 - jnp.pad(accept, ((0, 0), (0, 1))))
-    return jax.lax.top_k(ends_here, plan.branches)[1].astype(jnp.int32)
-
-
 def _commit_and_draft(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
     outputs: Outputs,
-    group_prefix: Int[Array, "B P"],
+    rows: Rows,
     *,
+    num_anchors: int,
     known: Int[Array, " B"] | None = None,
     allowed: UInt[Array, "B C words"] | None = None,
 ) -> tuple[DecodeState, Committed]:
@@ -254,13 +236,12 @@ def _commit_and_draft(
         module: the model, for its kernels.
         plan: static description of the step.
         state: with the cache already extended.
-        outputs: of the pending token and of every draft (of the pending token alone in a prefill), then of all MASK
-            groups, group after group.
-        group_prefix: drafts that each group took for granted.
+        outputs: of all rows.
+        rows: what they are for.
+        num_anchors: the first rows, which verify: the pending token and every draft there may be.
         known: as in `prefill_chunk`.
         allowed: as in `shape`, for the anchors; needs `state.shaping`.
     """
-    num_anchors = outputs.logits.shape[1] - group_prefix.shape[1] * plan.num_masks
     num_checked = num_anchors - 1
     raw_logits = anchor_logits = outputs.logits[:, :num_anchors]
     drafts = state.proposals[:, :num_checked]
@@ -292,9 +273,7 @@ def _commit_and_draft(
     )
     checksums = None if plan.group_slots is None else fixed_width.checksums(raw_logits)
     committed = Committed(candidates, num_committed, logprobs_of(plan, raw_logits, candidates), checksums)
-    masks = Outputs(*(each[:, num_anchors:] for each in outputs))
-    state = _draft(module, plan, state, masks, group_prefix, verdict.accepted_len)
-    return state, committed
+    return _draft(module, plan, state, outputs, rows, verdict.accepted_len), committed
 
 
 def _count(state: DecodeState, verdict: Verdict, num_committed: Int[Array, " B"], is_running: Array) -> Counts:
@@ -325,25 +304,21 @@ def _draft(
     module: Qwen3,
     plan: StepPlan,
     state: DecodeState,
-    masks: Outputs,
-    group_prefix: Int[Array, "B P"],
+    outputs: Outputs,
+    rows: Rows,
     accepted_len: Int[Array, " B"],
 ) -> DecodeState:
-    """Takes proposals from the group that stands behind exactly the accepted drafts; none means a cold start."""
+    """Takes proposals from the MASKs that stand behind exactly the accepted drafts; none means a cold start."""
     if plan.num_masks == 0:
         return state
-    batch, num_groups = group_prefix.shape
-    matches = group_prefix == accepted_len[:, None]
-    which = jnp.argmax(matches, axis=1)[:, None, None, None]
-
-    def of_group(rows: Float[Array, "B X _"]) -> Float[Array, "B M _"]:
-        groups = rows.reshape(batch, num_groups, plan.num_masks, -1)
-        return jnp.take_along_axis(groups, which, axis=1)[:, 0]
-
+    depth = jnp.arange(1, plan.num_masks + 1, dtype=jnp.int32)[None, :, None]
+    matches = (rows.depth[:, None] == depth) & (rows.prefix[:, None] == accepted_len[:, None, None])
+    which = jnp.argmax(matches, axis=2)[..., None]
+    masks = Outputs(*(jnp.take_along_axis(each, which, axis=1) for each in outputs))
     if module.config.markov_rank is None:
-        proposals, stats, chosen = _propose(module, plan, state, of_group(masks.logits), 0)
+        proposals, stats, chosen = _propose(module, plan, state, masks.logits, 0)
     else:
-        proposals, stats, chosen = _propose_in_turn(module, plan, state, Outputs(*map(of_group, masks)))
+        proposals, stats, chosen = _propose_in_turn(module, plan, state, masks)
     if plan.keeps_proposal_logits:
         state = state._replace(proposal_logits=chosen)
     if state.confidence is not None:
@@ -353,8 +328,9 @@ def _draft(
     if state.proposal_stats is not None:
         # Also in a step of greedy requests alone: in a later step that draws for others, these are their point masses.
         state = state._replace(proposal_stats=stats)
-    has_drafts = jnp.any(matches, axis=1) & (state.finish == Finish.RUNNING)
-    return state._replace(proposals=proposals, num_proposals=jnp.where(has_drafts, plan.num_masks, 0).astype(jnp.int32))
+    num_drafts = jnp.sum(jnp.any(matches, axis=2), axis=1, dtype=jnp.int32)
+    is_running = state.finish == Finish.RUNNING
+    return state._replace(proposals=proposals, num_proposals=jnp.where(is_running, num_drafts, 0))
 
 
 def _propose(

@@ -47,8 +47,8 @@ def bench(
     strides: Annotated[
         str | None,
         typer.Option(
-            help="With --model-path: 1 is plain AR, 4x2 has two branches, auto chooses; two-pass-4 and block-4 stand "
-            "beside them. Default 4,1."
+            help="With --model-path: 1 is plain AR, 4x2 has two branches, 8r15 has 15 rows, auto chooses; two-pass-4 "
+            "and block-4 stand beside them. Default 4,1."
         ),
     ] = None,
     serve_args: Annotated[str, typer.Option(help='With --model-path: for the servers, as in "--dtype float32".')] = "",

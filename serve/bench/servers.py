@@ -27,7 +27,7 @@ def started_servers(
     api_key: str | None,
     timeout_s: float,
 ) -> Iterator[list[Endpoint]]:
-    """Runs `python -m serve ARGUMENTS --stride N --branches B` for every N or NxB, all side by side.
+    """Runs `python -m serve ARGUMENTS --stride N --branches B`, or `--rows R`, for every N, NxB or NrR, side by side.
 
     Yields them when all are ready. "auto" is the stride and the branches that the server chooses; two-pass-N and
     block-L are what ISD is compared with. What they print is in `server_<name>.log`. Their environment is this
@@ -73,7 +73,7 @@ def name_of(stride: str) -> str:
 
 
 def flags_of(stride: str) -> list[str]:
-    """Flags of a server for N, NxB, auto, two-pass-N or block-L.
+    """Flags of a server for N, NxB, NrR, auto, two-pass-N or block-L.
 
     Raises:
         ValueError: it is none of these.
@@ -83,13 +83,16 @@ def flags_of(stride: str) -> list[str]:
         if kind == "two-pass":
             return ["--method", "two-pass", "--stride", size]
         return ["--method", "block-diffusion", "--block-length", size]
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?|auto", stride)
+    if stride == "auto":
+        return ["--stride", "auto", "--branches", "auto"]
+    match = re.fullmatch(r"(\d+)(?:(x|r)(\d+))?", stride)
     if match is None:
         raise ValueError(
-            f"--strides: {stride!r} is neither a stride, nor a stride x branches as in 4x2, nor auto, two-pass-N or "
-            "block-L"
+            f"--strides: {stride!r} is neither a stride, nor one with branches as in 4x2 or rows as in 8r15, nor auto, "
+            "two-pass-N or block-L"
         )
-    return ["--stride", match[1] or "auto", "--branches", match[2] or ("1" if match[1] else "auto")]
+    most, kind, count = match.groups()
+    return ["--stride", most, "--rows" if kind == "r" else "--branches", count or "1"]
 
 
 def _log_of(endpoint: Endpoint, folder: Path) -> Path:

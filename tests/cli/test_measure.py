@@ -91,15 +91,18 @@ def test_many_prompts_are_thinned_evenly(folder, files, monkeypatch):
 def test_methods_are_every_combination_and_the_official_rule_is_itself(folder, files, monkeypatch):
     asked = []
     monkeypatch.setattr(idlm_jax, "measure", lambda lm, prompts, methods, **_: asked.extend(methods) or [])
-    options = ["--strides", "2,4", "--branches", "1,2,full", "--rules", "exact,official", "--two-pass"]
+    options = ["--strides", "2,4", "--branches", "1,2,full", "--rows", "4,7", "--rules", "exact,official"]
+    options.append("--two-pass")
     run(monkeypatch, "measure", folder, "--prompts", files / "code.jsonl", *options)
     isd = idlm_jax.ISD
     official = {"proposals": "argmax", "rule": "official"}
     assert asked == [
         *(isd(2, branches=count) for count in (1, 2)),
+        isd(2, rows=4),
         isd(2, **official),
         idlm_jax.TwoPass(2),
         *(isd(4, branches=count) for count in (1, 2, 4)),
+        isd(4, rows=7),
         isd(4, **official),
         idlm_jax.TwoPass(4),
     ]
@@ -123,6 +126,7 @@ def test_methods_are_every_combination_and_the_official_rule_is_itself(folder, f
         (["--prompts", "code.jsonl", "--strides", "1"], "1 must lie in 2..16"),
         (["--prompts", "code.jsonl", "--branches", "all"], "--branches all: 'all' is no number, nor 'full'"),
         (["--prompts", "code.jsonl", "--branches", "3"], "branches=3 must lie in 1..2"),
+        (["--prompts", "code.jsonl", "--rows", "x"], "--rows x: 'x' is no number"),
         (["--prompts", "code.jsonl", "--rules", "exct"], "'exct' is none of exact, coupled, official"),
         (["--prompts", "code.jsonl", "--proposals", "best"], "'best' is none of sampled, argmax"),
         (["--prompts", "code.jsonl", "--temperatures", "0,-1"], "must be finite and not negative"),

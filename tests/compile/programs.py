@@ -56,6 +56,7 @@ def compile_decode_step(
     config = dataclasses.replace(QWEN3_8B, kernels=BY_NAME[kernels], quantize=quantize, markov_rank=markov_rank)
     plan = StepPlan(
         num_masks=num_masks,
+        window_len=2 * num_masks + 1,
         argmax_proposals=False,
         soft_proposals=False,
         filtered=False,

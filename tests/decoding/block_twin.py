@@ -3,38 +3,28 @@
 Every forward runs the whole sequence up to the end of the block from position 0 under a dense mask.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from idlm_jax.decoding.baselines import BlockDiffusion
 from idlm_jax.decoding.sampling import SamplingParams
-from idlm_jax.model.attention import causal_attend
 from idlm_jax.model.language_model import LanguageModel
 from pallas_kernels.verify import Purpose
-from tests.decoding.twin import TwinResult, dense_probs, draw
+from tests.decoding.twin import TwinResult, dense_probs, draw, outputs, padded
 
 
 def run_block_twin(lm: LanguageModel, prompt: list[int], how: BlockDiffusion, params: SamplingParams) -> TwinResult:
     """Decodes one prompt by definition; forwards include the prompt's."""
     mask_id, length = lm.config.mask_token_id, how.block_length
     assert mask_id is not None
-    module = nnx.merge(lm.graph, lm.params)
     end, stops = len(prompt) + params.max_tokens, {*params.stop_token_ids, *lm.config.eos_token_ids}
-    width = -(-end // length) * length
+    width = padded(-(-end // length) * length)
     number = np.arange(width) // length
     visible = jnp.asarray(number[:, None] >= number[None])[None]
 
-    @jax.jit
-    def all_logits(tokens: jax.Array) -> jax.Array:
-        positions = jnp.arange(width, dtype=jnp.int32)[None]
-        hidden, _ = module.hidden_states(tokens, positions, causal_attend(visible))
-        return module.logits(hidden)[0]
-
     def rows(sequence: list[int]) -> np.ndarray:
-        padded = sequence + [0] * (width - len(sequence))
-        return np.asarray(all_logits(jnp.asarray([padded], jnp.int32)))
+        tokens = jnp.asarray([sequence + [0] * (width - len(sequence))], jnp.int32)
+        return np.asarray(outputs(lm.graph, lm.params, tokens, jnp.zeros((1, width), bool), visible)[1])
 
     def draw_at(row: np.ndarray, place: int, step: int) -> tuple[int, float]:
         """A token for a place, and how sure the model is of it."""

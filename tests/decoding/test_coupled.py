@@ -47,7 +47,7 @@ def ar(lm) -> list[list[int]]:
 @pytest.mark.parametrize(
     "method",
     [
-        ISD(stride=4, branches=2, rule="coupled"),
+        ISD(stride=4, rows=7, rule="coupled"),
         pytest.param(AUTO, marks=pytest.mark.proof),
         pytest.param(ISD(stride=3, rule="coupled"), marks=pytest.mark.slow),
         pytest.param(ISD(stride=3, rule="coupled", proposals="argmax"), marks=pytest.mark.proof),
@@ -151,6 +151,13 @@ def test_a_stream_of_auto_is_the_completion(lm, ar):
         ({"stride": 0}, "or be 'auto'"),
         ({"stride": 4, "branches": 5}, r"1\.\.4"),
         ({"stride": "auto", "branches": 5}, r"1\.\.4"),
+        ({"stride": 4, "rows": 4}, r"rows=4 must lie in stride \+ 1\.\.stride\^2"),
+        ({"stride": 4, "rows": 17}, "rows=17"),
+        ({"stride": 1, "rows": 1}, "a stride of 1 has no choice"),
+        ({"stride": 4, "rows": 7, "branches": 2}, "in place of branches=2"),
+        ({"stride": "auto", "rows": 7}, "stride='auto' has several"),
+        ({"stride": 4, "rows": 7, "branches": "auto"}, "in place of branches='auto'"),
+        ({"stride": 4, "rows": 7, "proposals": "argmax", "rule": "official"}, "official"),
         ({"stride": "auto", "max_stride": 17}, "max_stride=17"),
         ({"stride": "auto", "rule": "official", "proposals": "argmax"}, "official"),
     ],
@@ -162,9 +169,10 @@ def test_impossible_choices_are_refused(fields, message):
 
 def test_menus():
     assert ISD(4).menu == (ISD(4),) and AR().menu == (AR(),)
-    sizes = [(each.num_masks + 1, each.branches) for each in AUTO.menu]
-    assert sizes == [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
-    assert [(each.branches, each.rule) for each in ISD(8, branches="auto").menu] == [
-        (count, "coupled") for count in (1, 2, 4)
+    sizes = [(each.num_masks + 1, each.window_len) for each in AUTO.menu]
+    assert sizes == [(1, 1), (2, 3), (2, 4), (4, 7), (4, 10), (4, 16)]
+    assert [(each.window_len, each.places_masks, each.rule) for each in ISD(8, branches="auto").menu] == [
+        (rows, True, "coupled") for rows in (15, 22, 36)
     ]
+    assert all(not each.places_masks for each in ISD("auto").menu if isinstance(each, ISD))  # one group was asked for
     assert AUTO.window_len == 16 and ISD("auto").window_len == 7

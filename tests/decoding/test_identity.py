@@ -47,20 +47,28 @@ def test_greedy_isd_equals_ar_on_200_prompts(name, stride, request):
 
 
 @pytest.mark.parametrize(
-    ("stride", "branches"),
-    [*(pytest.param(*each, marks=pytest.mark.proof) for each in ((2, 2), (8, 8))), (8, 3), (4, 4)],
+    "method",
+    [
+        ISD(4, branches=4),
+        ISD(8, rows=15),
+        *(
+            pytest.param(method, marks=pytest.mark.proof)
+            for method in (ISD(2, branches=2), ISD(8, branches=8), ISD(8, branches=3), ISD(4, rows=5), ISD(2, rows=3))
+        ),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("name", [pytest.param("idlm", marks=pytest.mark.proof), "r_isd"])
-def test_branches_change_no_greedy_token_and_save_forwards(name, stride, branches, request):
+def test_masks_behind_other_prefixes_change_no_greedy_token_and_save_forwards(name, method, request):
     lm = request.getfixturevalue(name)
     prompts = random_prompts(200, 20, 11)
     ar = generate(lm, prompts, AR(), GREEDY, batch_size=256)
-    plain = generate(lm, prompts, ISD(stride=stride), GREEDY, batch_size=256)
-    branched = generate(lm, prompts, ISD(stride=stride, branches=branches), GREEDY, batch_size=256)
+    plain = generate(lm, prompts, ISD(method.stride), GREEDY, batch_size=256)
+    branched = generate(lm, prompts, method, GREEDY, batch_size=256)
     assert ids(branched) == ids(ar)
     assert sum(c.num_forwards for c in branched) < sum(c.num_forwards for c in plain)
     cold = sum(c.num_cold_starts for c in branched)
-    assert cold == 0 if branches == stride else 0 < cold < sum(c.num_cold_starts for c in plain)
+    assert cold == 0 if method.branches == method.stride else 0 < cold < sum(c.num_cold_starts for c in plain)
 
 
 def test_r_isd_equals_the_base_model_without_its_adapter(r_isd, idlm):
@@ -78,10 +86,16 @@ def test_r_isd_equals_the_base_model_without_its_adapter(r_isd, idlm):
     "method",
     [
         ISD(stride=4),
-        ISD(stride=4, branches=2),
+        ISD(stride=4, rows=7),
         *(
             pytest.param(method, marks=pytest.mark.proof)
-            for method in (AR(), ISD(stride=2), ISD(stride=4, proposals="argmax"), ISD(stride=4, branches=4))
+            for method in (
+                AR(),
+                ISD(stride=2),
+                ISD(stride=4, proposals="argmax"),
+                ISD(stride=4, branches=4),
+                ISD(8, rows=19),
+            )
         ),
     ],
     ids=str,

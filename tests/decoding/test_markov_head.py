@@ -76,7 +76,7 @@ def test_bitwise_tokens_and_logits_are_those_of_ar(lm):
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
-    "method", [ISD(stride=4, branches=2), pytest.param(ISD(stride=4), marks=pytest.mark.proof)], ids=str
+    "method", [ISD(stride=4, rows=8), pytest.param(ISD(stride=4), marks=pytest.mark.proof)], ids=str
 )
 def test_compiled_loop_equals_python_loop_without_cache(lm, method, params):
     """Each MASK is told the draft before it, the first one the token that verification ended with."""

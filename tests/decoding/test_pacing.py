@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from idlm_jax.decoding.method import ISD
+from idlm_jax.decoding.method import ISD, Method
 from idlm_jax.decoding.pacing import CONSIDER_EVERY, LONG_SHOT_EVERY, PROBE_EVERY, PROBE_FORWARDS, Pacer
 
 MENU = ISD(stride="auto", branches="auto", max_stride=4).menu
@@ -33,6 +33,14 @@ class World:
         pause = 3.0 if self.rng.random() < 0.01 else 1.0
         return self.seconds(index) * pause * math.exp(self.slowness + self.rng.gauss(0, 0.1))
 
+    def masks_behind(self, method: Method, num_drafts: int) -> list[int]:
+        """Of each prefix: those that are most likely to be of use, of drafts that are all alike."""
+        ends = [self.acceptance**prefix * (1 - self.acceptance) for prefix in range(num_drafts)]
+        ends.append(self.acceptance**num_drafts)
+        worth = {(at, d): ends[at] * self.acceptance**d for at in range(len(ends)) for d in range(method.num_masks)}
+        chosen = sorted(worth, key=lambda mask: -worth[mask])[: method.window_len - 1 - num_drafts]
+        return [sum(prefix == at for at, _ in chosen) for prefix in range(len(ends))]
+
     def forward(self, pacer: Pacer, index: int) -> tuple[int, float]:
         method = MENU[index]
         num_tokens, verified, accepted = 0, [0] * 3, [0] * 3
@@ -45,8 +53,7 @@ class World:
             for depth in range(3):
                 verified[depth] += depth < min(drafts, good + 1)
                 accepted[depth] += depth < good
-            is_covered = good == drafts or self.rng.random() < (method.branches - 1) / max(1, method.num_masks)
-            self.num_drafts[window] = method.num_masks if is_covered else 0
+            self.num_drafts[window] = self.masks_behind(method, drafts)[good]
         pacer.observe(index, WINDOWS, num_tokens, verified, accepted)
         if pacer.is_timed(WINDOWS, index):
             pacer.follow_seconds(WINDOWS, index, self.measured(index))

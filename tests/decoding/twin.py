@@ -5,6 +5,7 @@ are those of the design, so greedy and sampled runs can both be compared token b
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ import numpy as np
 from flax import nnx
 
 from idlm_jax.decoding.method import AR, ISD
+from idlm_jax.decoding.placement import DISCOUNT
 from idlm_jax.decoding.sampling import SamplingParams
 from idlm_jax.model.attention import causal_attend
 from idlm_jax.model.language_model import LanguageModel
+from idlm_jax.model.transformer import Qwen3
 from pallas_kernels.verify import Purpose
 
 
@@ -22,6 +25,22 @@ from pallas_kernels.verify import Purpose
 class TwinResult:
     token_ids: list[int]
     num_forwards: int
+
+
+def padded(width: int) -> int:
+    """A width that many sequences share, so that few programs are compiled."""
+    return -(-width // 64) * 64
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(
+    graph: nnx.GraphDef[Qwen3], params: nnx.State, tokens: jax.Array, is_mask: jax.Array, visible: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and logits of one whole sequence."""
+    module = nnx.merge(graph, params)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden, _ = module.hidden_states(tokens, positions, causal_attend(visible), lora_gate=is_mask)
+    return hidden[0], module.logits(hidden)[0]
 
 
 def dense_probs(logits: np.ndarray, params: SamplingParams, mask_id: int | None) -> np.ndarray:
@@ -83,14 +102,8 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
     """Decodes one prompt by definition."""
     mask_id = lm.config.mask_token_id
     module = nnx.merge(lm.graph, lm.params)
-    width = len(prompt) + params.max_tokens + 2 * method.num_masks
-
-    @jax.jit
-    def outputs(tokens: jax.Array, is_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        positions = jnp.arange(width, dtype=jnp.int32)[None]
-        visible = jnp.tril(jnp.ones((width, width), bool))[None]
-        hidden, _ = module.hidden_states(tokens, positions, causal_attend(visible), lora_gate=is_mask)
-        return hidden[0], module.logits(hidden)[0]
+    width = padded(len(prompt) + params.max_tokens + 2 * method.num_masks)
+    causal = jnp.tril(jnp.ones((width, width), bool))[None]
 
     def rows(sequence: list[int], num_masks: int) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.zeros((1, width), np.int32)
@@ -98,7 +111,7 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
         tokens[0, : len(sequence)] = sequence
         is_mask[0, len(sequence) : len(sequence) + num_masks] = True
         tokens[is_mask] = mask_id or 0
-        hidden, logits = outputs(jnp.asarray(tokens), jnp.asarray(is_mask))
+        hidden, logits = outputs(lm.graph, lm.params, jnp.asarray(tokens), jnp.asarray(is_mask), causal)
         return np.asarray(hidden), np.asarray(logits)
 
     def corrected(logits: np.ndarray, hidden: np.ndarray, before: int) -> np.ndarray:
@@ -120,13 +133,18 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
     def probs(row: np.ndarray, before: list[int]) -> np.ndarray:
         return dense_probs(shaped(row, params, prompt, before[len(prompt) :], stops), params, mask_id)
 
-    def branches(confidence: list[float]) -> list[int]:
-        """Prefixes that have MASKs behind them: all, or those at which verification will most likely end."""
-        if method.branches == 1 or method.branches == method.num_masks + 1:
-            return [len(confidence)] if method.branches == 1 else list(range(method.num_masks + 1))
+    def masks_behind(confidence: list[float]) -> list[int]:
+        """MASKs behind each prefix of the drafts; those that get a row are most likely to be of use."""
+        every = range(len(confidence) + 1)
+        if isinstance(method, AR) or not method.places_masks:
+            return [method.num_masks * (method.branches != 1 or prefix == len(confidence)) for prefix in every]
         ends = [np.prod(confidence[:j]) * (1 - confidence[j]) for j in range(len(confidence))]
         ends.append(np.prod(confidence))
-        return sorted(range(len(ends)), key=lambda j: -ends[j])[: method.branches]
+        masks = [(prefix, depth) for prefix in every for depth in range(method.num_masks)]
+        survives = DISCOUNT * float(np.mean(confidence or 0.0))
+        masks.sort(key=lambda mask: -ends[mask[0]] * survives ** mask[1])
+        chosen = [prefix for prefix, _ in masks[: method.window_len - 1 - len(confidence)]]
+        return [chosen.count(prefix) for prefix in every]
 
     committed, drafts, draft_probs, forwards = list(prompt), [], [], 0
     confidence: list[float] = []
@@ -134,7 +152,7 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
     while True:
         _, logits = rows(committed + drafts, method.num_masks)
         forwards += 1
-        before, prefixes = list(committed), branches(confidence)
+        before, lengths = list(committed), masks_behind(confidence)
         new: list[int] = []
         for draft, q in zip(drafts, draft_probs, strict=True):
             position = len(committed) + len(new)
@@ -155,9 +173,9 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
             if token in stops or len(committed) == end:
                 return TwinResult(committed[len(prompt) :], forwards)
         drafts, draft_probs, confidence = [], [], []
-        if len(accepted) in prefixes:
+        if num_masks := lengths[len(accepted)]:
             hidden, behind = rows(before + accepted, method.num_masks)  # a forward of its own, which the window spares
-            for k in range(method.num_masks):
+            for k in range(num_masks):
                 at = len(before) + len(accepted) + k
                 row = corrected(behind[at], hidden[at], (committed + drafts)[-1])
                 q = probs(row, committed)

@@ -62,17 +62,15 @@ class FakeDevice:
             self.set_page(slot, place, page)
         context_len = len(slot.tokens) - 1
         self.check_reads(slot, context_len)
-        num_masks = size.stride - 1
-        branches = (size.rows - size.stride) // num_masks if num_masks else 1
-        # Row by row: where it is written, and what it predicts. MASKs stand behind room for all drafts, used or not.
-        prefixes = [slot.num_drafts]
-        if branches > 1:
-            prefixes = self.rng.sample(range(size.stride), branches)
-        rows = [(draft, draft + 1) for draft in range(slot.num_drafts + 1)]
-        for group, prefix in enumerate(prefixes):
-            first = (1 + group) * num_masks
-            rows += [(first + k, prefix + 1 + k) for k in range(1, num_masks + 1) if prefix <= slot.num_drafts]
-        for row, predicts in rows:
+        # What each row predicts. MASKs follow the drafts, behind any of their prefixes and in any order.
+        predicted = [draft + 1 for draft in range(slot.num_drafts + 1)]
+        masks_behind = [0] * len(predicted)
+        for _ in range(size.rows - len(predicted)):
+            prefix = self.rng.randrange(len(masks_behind))
+            if masks_behind[prefix] < size.stride - 1:
+                masks_behind[prefix] += 1
+                predicted.append(prefix + masks_behind[prefix] + 1)
+        for row, predicts in enumerate(predicted):
             if slot.is_running and context_len + predicts < slot.end:
                 assert self.where(slot, context_len + row)[0] != SINK, "a row that may count lies in the sink"
         self.write(slot, context_len, slot.tokens[-1:], size.rows - 1)
@@ -81,7 +79,7 @@ class FakeDevice:
         accepted = self.rng.randint(0, slot.num_drafts)
         tokens = self.commit(slot, accepted + 1)
         self.write(slot, context_len, slot.tokens[context_len:-1] if tokens else [], 0)
-        slot.num_drafts = num_masks if accepted in prefixes else 0
+        slot.num_drafts = masks_behind[accepted]
         return Result(tokens, slot.num_drafts, not slot.is_running)
 
     def run_chunk(self, chunk: Chunk, rows: int) -> Result:
@@ -98,7 +96,7 @@ class FakeDevice:
         slot.is_running = True
         if chunk.restored is not None:
             slot.tokens = [*read, chunk.restored]
-            slot.num_drafts = (self.limits.stride - 1) * (request.num_drafts > 0)
+            slot.num_drafts = min(request.num_drafts, self.limits.stride - 1)
             return Result([], slot.num_drafts, False)
         tokens = self.commit(slot, 1)
         slot.num_drafts = self.limits.stride - 1

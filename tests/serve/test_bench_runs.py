@@ -317,6 +317,7 @@ def test_started_servers_get_their_arguments_and_are_stopped(stand_in: Path):
 def test_what_isd_is_compared_with_has_flags_of_its_own():
     assert flags_of("two-pass-3") == ["--method", "two-pass", "--stride", "3"]
     assert flags_of("block-8") == ["--method", "block-diffusion", "--block-length", "8"]
+    assert flags_of("8r15") == ["--stride", "8", "--rows", "15"]
     assert [name_of(each) for each in ("two-pass-3", "block-8", "4x2")] == ["two-pass-3", "block-8", "stride-4x2"]
 
 

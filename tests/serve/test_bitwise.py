@@ -78,7 +78,7 @@ def test_requests_under_load_have_the_tokens_and_logits_of_generate(lm, start):
 def test_what_would_have_other_bits_is_refused(lm):
     with pytest.raises(ValueError, match="page_size=8 must be 64"):
         dataclasses.replace(CONFIG, page_size=8)
-    with pytest.raises(ValueError, match="16 rows a request, and a window of stride 9 with branches=1 has 17"):
+    with pytest.raises(ValueError, match="16 rows a request, and a window of this method has 17"):
         Device(lm, dataclasses.replace(CONFIG, method=ISD(stride=9)))
     with pytest.raises(ValueError, match=r"deterministic='bitwise' serves on one device, and the model .* on 2"):
         mesh = serving_mesh(2)

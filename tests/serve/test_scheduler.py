@@ -271,7 +271,7 @@ def test_oversized_requests_and_a_full_queue_are_refused():
             scheduler.add(Request([1] * prompt_len, max_tokens))
     with pytest.raises(ValueError, match="at least 1"):
         scheduler.add(Request([], 3))
-    with pytest.raises(ValueError, match="exceed the 11 tokens"):
+    with pytest.raises(ValueError, match="exceed the 10 tokens"):
         Scheduler(limits(num_pages=4)).add(Request([1] * 10, 2))
     for _ in range(2):
         scheduler.add(Request([1], 1))
