@@ -3,16 +3,18 @@
 import dataclasses
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from idlm_jax.config import LoraConfig
-from idlm_jax.decoding import AR, ISD, Completion, SamplingParams, generate
+from idlm_jax.decoding import AR, ISD, Completion, SamplingParams, fixed_width, generate
 from idlm_jax.decoding.fixed_width import checksums, group_slots_of
 from idlm_jax.decoding.generate import NO_LIMIT, prepare_batch, read_completions
 from idlm_jax.decoding.loop import programs
 from idlm_jax.decoding.stream import stream_tokens
+from idlm_jax.decoding.window import Outputs
 from idlm_jax.model.language_model import LanguageModel, from_module
 from pallas_kernels.bodies import BY_NAME, Body
 from tests.support.tiny_model import random_prompts, randomize_adapter, sharpen, tiny_module
@@ -85,6 +87,27 @@ def test_r_isd_has_the_bits_of_the_base_model_alone_in_any_batch(ar_alone):
 def test_every_method_has_the_bits_of_ar_in_any_batch(ar_alone, adapter, method, batch_size):
     dtype, wanted = ar_alone
     assert bits(decoded(tiny(dtype, adapter=adapter), PROMPTS, method, batch_size=batch_size)) == wanted
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_windows_of_their_own_width_in_groups_as_large_as_the_batch_have_other_bits(dtype, monkeypatch):
+    """What the tile is for, taken away: the other tests would pass for nothing if this did."""
+    wanted = bits(decoded(tiny(dtype), PROMPTS[:14], AR()))
+
+    def unpadded(module, plan, state, window):
+        hidden, cache = fixed_width._tile(module, plan, state, window, state.context_len)
+        return Outputs(hidden, module.logits(hidden)), cache
+
+    monkeypatch.setattr(fixed_width, "window_outputs", unpadded)
+    try:
+        found = bits(
+            decoded(tiny(dtype, adapter=True), PROMPTS[:14], ISD(8), group_slots=16)
+        )  # the batch is 14, padded
+    finally:
+        jax.clear_caches()  # of programs that were traced without the tile
+    pairs = [pair for row, alone in zip(found, wanted, strict=True) for pair in zip(row, alone, strict=True)]
+    assert sum(one != other for one, other in pairs) > 0.5 * len(pairs)
 
 
 @pytest.mark.proof
