@@ -2,18 +2,21 @@
 
 python -m benchmarks.load_aware    # on two idle cores, half an hour -> benchmarks/results/load_aware/
 
-One compiled device serves every method of the menu: "fixed" always chooses the same, "auto" as the server does, so that
-nothing differs but the choice. AR compiled by itself, without room for drafts, stands beside them. Callers wait for
-their answer and ask again. Completions differ in length, as they do in earnest: where all are as long, AR keeps the
-requests in step, and its batches full, as no method does whose tokens come in uneven portions (`--spread 0` shows it).
-Methods take turns within a round, and rounds turn the order; ratios are taken in rounds. What else the machine does
-only slows a run down, so the fastest run of "auto" over the fastest of the best fixed method stands beside them.
-Fixed methods that are far behind after a few rounds are not run in the others.
+One engine serves all the while, its callers never fewer: who has an answer asks again. Only what chooses the method of
+each step is exchanged, every two seconds: "fixed" always chooses the same, "auto" as the server does. So nothing
+differs but the choice, and a machine that slows down does it to all: methods take turns within a round, rounds turn the
+order, and ratios are taken in rounds. Completions differ in length, as they do in earnest: where all are as long, AR
+keeps the requests in step, and its batches full, as no method does whose tokens come in uneven portions (`--spread 0`
+shows it). Fixed methods that are far behind after a few rounds are not run in the others.
 """
 
+import contextlib
+import itertools
 import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,16 +34,16 @@ from serve.device import Device
 from serve.engine import Engine
 from train.data import heldout_prompts
 
+Request = tuple[list[int], idlm_jax.SamplingParams]
+
 RESULTS = Path("benchmarks/results/load_aware")
-AUTO, AR_ALONE = "auto", "AR, compiled alone"
-# After so many rounds, fixed methods slower than this against AR are out.
-TRIAL_ROUNDS, FAR_BEHIND = 3, 0.85
+AUTO = "auto"
+# After so many rounds, fixed methods slower than this against the best one so far are out.
+TRIAL_ROUNDS, FAR_BEHIND = 4, 0.93
 PROMPT_LEN, MAX_LEN = 48, 192
-
-
-def num_requests(callers: int) -> int:
-    """Of one run: three for each caller, so that most of the time all of them wait for an answer."""
-    return max(32, 3 * callers)
+NUM_REQUESTS = 256  # that differ; asked over and over
+# Of a turn that do not count: steps that its predecessor chose, and the drafts that it did not leave.
+SETTLE_S = 0.25
 
 
 class Fixed(Pacer):
@@ -57,24 +60,53 @@ class Fixed(Pacer):
         """Nothing follows from it."""
 
 
-def run(engine: Engine, requests: Sequence[tuple[list[int], idlm_jax.SamplingParams]], callers: int) -> float:
-    """Tokens a second, from the first request to the last answer."""
+class Turns(Pacer):
+    """Whichever of several pacers has its turn."""
+
+    def __init__(self, pacers: Sequence[Pacer]):
+        super().__init__(pacers[0].menu)
+        self.now = pacers[0]
+
+    def choose(self, batch: int, forwards: int = 1) -> int:
+        return self.now.choose(batch, forwards)
+
+    def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
+        self.now.follow_seconds(batch, index, seconds)
+
+    def observe(self, index: int, forwards: int, tokens: int, verified: Sequence[int], accepted: Sequence[int]) -> None:
+        self.now.observe(index, forwards, tokens, verified, accepted)
+
+
+@contextlib.contextmanager
+def callers_on(engine: Engine, requests: Sequence[Request], num_callers: int) -> Iterator[None]:
+    """Keeps so many requests in the engine, until the block ends."""
     ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    waiting = list(reversed(requests))
-    start = time.perf_counter()
+    every = itertools.cycle(requests)
 
     def ask() -> None:
-        engine.submit(
-            *waiting.pop(), deliver=lambda piece: ended.put(True) if piece.finish_reason is not None else None
-        )
+        engine.submit(*next(every), deliver=lambda piece: ended.put(True) if piece.finish_reason is not None else None)
 
-    for _ in range(min(callers, len(waiting))):
-        ask()
-    for _ in range(len(requests)):
-        ended.get()
-        if waiting:
+    def serve_callers() -> None:
+        while ended.get():
             ask()
-    return engine.stats().num_committed / (time.perf_counter() - start)
+
+    for _ in range(num_callers):
+        ask()
+    thread = threading.Thread(target=serve_callers)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.put(False)
+        thread.join()
+
+
+def speed(engine: Engine, seconds: float) -> float:
+    """Tokens a second from now on."""
+    time.sleep(SETTLE_S)
+    before, start = engine.stats().num_committed, time.perf_counter()
+    time.sleep(seconds)
+    return (engine.stats().num_committed - before) / (time.perf_counter() - start)
 
 
 def measure(
@@ -86,7 +118,8 @@ def measure(
     max_tokens: Annotated[int, typer.Option(help="Of a completion, on average.")] = 64,
     spread: Annotated[float, typer.Option(help="Lengths are within this share of it, evenly.", min=0, max=1)] = 0.75,
     temperature: Annotated[float, typer.Option()] = 0.0,
-    rounds: Annotated[int, typer.Option(help="Counted; one to warm up comes first.", min=3)] = 11,
+    rounds: Annotated[int, typer.Option(help="Counted; one to warm up comes first.", min=TRIAL_ROUNDS)] = 30,
+    turn_s: Annotated[float, typer.Option(help="Seconds that count of a method's turn.")] = 1.75,
     name: Annotated[str, typer.Option(help="Of the result files.")] = "tiny-cpu",
 ) -> None:
     """Measures every method at every load, and writes the tables."""
@@ -100,24 +133,23 @@ def measure(
         prefill_shapes=((1, 64), (4, 64)),
         caches_prefixes=False,
     )
-    alone = EngineConfig(**{**vars(config), "method": idlm_jax.AR()})
     with tqdm(unit="program", desc="compiling") as bar:
 
         def show(done: int, total: int, program: str) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        device, ar_device = Device(lm, config, show), Device(lm, alone)
+        device = Device(lm, config, show)
     assert device.pacer is not None
     menu = config.method.menu
-    pacers: dict[str, Pacer | None] = {method_name(method): Fixed(menu, index) for index, method in enumerate(menu)}
-    pacers |= {AUTO: device.pacer, AR_ALONE: None}
-    names = list(pacers)
+    names = [*map(method_name, menu), AUTO]
+    pacers = [*(Fixed(menu, index) for index in range(len(menu))), device.pacer]
     timed = {batch: device.pacer.seconds(batch) for batch in config.decode_buckets}
     record: dict[str, Any] = {
         **provenance(
             f"python -m benchmarks.load_aware --callers {callers} --max-stride {max_stride} --max-tokens "
-            f"{max_tokens} --spread {spread:g} --temperature {temperature:g} --rounds {rounds} --name {name}"
+            f"{max_tokens} --spread {spread:g} --temperature {temperature:g} --rounds {rounds} --turn-s {turn_s:g} "
+            f"--name {name}"
         ),
         "model": model,
         "adapter": str(adapter),
@@ -126,7 +158,7 @@ def measure(
         },
         "points": [],
     }
-    every = heldout_prompts(dataset, num_requests(max(points)), PROMPT_LEN)
+    every = heldout_prompts(dataset, NUM_REQUESTS, PROMPT_LEN)
     lengths = np.random.default_rng(0).uniform(1 - spread, 1 + spread, len(every)) * max_tokens
     requests = [
         (prompt, idlm_jax.SamplingParams(max_tokens=max(1, round(length)), temperature=temperature, ignore_eos=True))
@@ -134,29 +166,34 @@ def measure(
     ]
     for count in tqdm(points, unit="load"):
         speeds = np.full((rounds, len(names)), np.nan)
-        chosen: dict[str, int] = {}
-        for turn in range(-1, rounds):
-            for column in np.roll(range(len(names)), -turn):
-                which = names[column]
-                if turn >= TRIAL_ROUNDS and which not in (AUTO, AR_ALONE):
-                    before = speeds[:TRIAL_ROUNDS]
-                    if np.median(before[:, column] / before[:, 0]) < FAR_BEHIND:
+        chosen: Counter[str] = Counter()
+        device.reset()
+        turns = Turns(pacers)
+        with Engine(lm, config, device=device, pacer=turns) as engine, callers_on(engine, requests, count):
+            for turn in tqdm(range(-1, rounds), unit="round", leave=False):
+                for column in np.roll(range(len(names)), -turn):
+                    if turn >= TRIAL_ROUNDS and names[column] in far_behind(names, speeds[:TRIAL_ROUNDS]):
                         continue
-                compiled, wanted = (ar_device, alone) if which == AR_ALONE else (device, config)
-                compiled.reset()
-                with Engine(lm, wanted, device=compiled, pacer=pacers[which]) as engine:
-                    speed = run(engine, requests[: num_requests(count)], count)
-                    steps = engine.stats().num_decode_forwards_by_method
-                if turn >= 0:
-                    speeds[turn, column] = speed
-                    if which == AUTO:
-                        chosen = {method: chosen.get(method, 0) + number for method, number in steps.items()}
+                    turns.now = pacers[column]
+                    before = Counter(engine.stats().num_decode_forwards_by_method)
+                    found = speed(engine, turn_s)
+                    if turn >= 0:
+                        speeds[turn, column] = found
+                    if turn >= 0 and names[column] == AUTO:
+                        chosen += Counter(engine.stats().num_decode_forwards_by_method) - before
         record["points"].append(point(count, names, speeds, chosen))
         write(RESULTS, name, record, markdown(record))
     print(markdown(record))
 
 
-def point(callers: int, names: list[str], speeds: np.ndarray, chosen: dict[str, int]) -> dict[str, Any]:
+def far_behind(names: list[str], speeds: np.ndarray) -> set[str]:
+    """Fixed methods that need no more rounds; AR, which ratios are over, does."""
+    over_ar = dict(zip(names, np.median(speeds / speeds[:, :1], axis=0).tolist(), strict=True))
+    fixed = {name: found for name, found in over_ar.items() if name != AUTO}
+    return {name for name in list(fixed)[1:] if fixed[name] < FAR_BEHIND * max(fixed.values())}
+
+
+def point(callers: int, names: list[str], speeds: np.ndarray, chosen: Mapping[str, int]) -> dict[str, Any]:
     """What one load gave: medians and ranges of ratios within rounds."""
 
     def ratio(column: int, to: int) -> dict[str, float]:
@@ -167,7 +204,7 @@ def point(callers: int, names: list[str], speeds: np.ndarray, chosen: dict[str, 
         low, high = (int(cut) - 1, len(ratios) - int(cut)) if cut >= 1 else (0, len(ratios) - 1)
         return {"median": float(np.median(ratios)), "low": float(ratios[low]), "high": float(ratios[high])}
 
-    fixed = [column for column, name in enumerate(names) if name not in (AUTO, AR_ALONE)]
+    fixed = [column for column, name in enumerate(names) if name != AUTO]
     best = max(fixed, key=lambda column: float(np.nanmedian(speeds[:, column] / speeds[:, 0])))
     auto = names.index(AUTO)
     return {
@@ -175,9 +212,7 @@ def point(callers: int, names: list[str], speeds: np.ndarray, chosen: dict[str, 
         "over_ar": {name: ratio(column, 0) for column, name in enumerate(names)},
         "best_fixed": names[best],
         "auto_over_best_fixed": ratio(auto, best),
-        "auto_over_best_fixed_fastest": float(np.nanmax(speeds[:, auto]) / np.nanmax(speeds[:, best])),
-        "auto_over_ar_alone": ratio(auto, names.index(AR_ALONE)),
-        "chosen": chosen,
+        "chosen": dict(chosen),
         "tokens_per_s": {
             name: speeds[~np.isnan(speeds[:, column]), column].tolist() for column, name in enumerate(names)
         },
@@ -187,8 +222,9 @@ def point(callers: int, names: list[str], speeds: np.ndarray, chosen: dict[str, 
 def markdown(record: dict[str, Any]) -> str:
     """The two tables."""
 
-    def cell(ratio: dict[str, float]) -> str:
-        return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+    def cell(ratio: dict[str, float], digits: int = 2) -> str:
+        median, low, high = (f"{ratio[each]:.{digits}f}" for each in ("median", "low", "high"))
+        return f"{median} ({low}-{high})"
 
     names = list(record["points"][0]["over_ar"])[1:]
     lines = [
@@ -204,16 +240,16 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(f"| {each['callers']} | " + " | ".join(cell(each["over_ar"][name]) for name in names) + " |")
     lines += [
         "",
-        "| callers | best fixed | auto over it | fastest runs | auto over AR compiled alone | what auto chose |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| callers | best fixed | auto over it | auto over AR | what auto chose |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for each in record["points"]:
         total = sum(each["chosen"].values())
         shares = sorted(each["chosen"].items(), key=lambda item: -item[1])
         chosen = ", ".join(f"{name} {number / total:.0%}" for name, number in shares if number >= 0.005 * total)
         lines.append(
-            f"| {each['callers']} | {each['best_fixed']} | {cell(each['auto_over_best_fixed'])} | "
-            f"{each['auto_over_best_fixed_fastest']:.2f} | {cell(each['auto_over_ar_alone'])} | {chosen} |"
+            f"| {each['callers']} | {each['best_fixed']} | {cell(each['auto_over_best_fixed'], 3)} | "
+            f"{cell(each['over_ar'][AUTO], 3)} | {chosen} |"
         )
     return "\n".join(lines) + "\n"
 
