@@ -36,11 +36,11 @@ test-fast: .venv/.dev  ## tests that take seconds
 	.venv/bin/pytest $(parallel) -m "not slow and not compile and not proof and not browser"
 
 # Where a newer Python or jax is likely to break something: what is compiled for H200 and TPU, the decode loop, a training
-# step, checkpoints, the engine. `make proofs` adds what takes longer; everything else is tested on 3.11 alone.
+# step, checkpoints, the engine's programs. `make proofs` adds what takes longer; everything else is tested on 3.11 alone.
 next := compile model decoding/test_identity.py train/test_checkpoint.py train/test_step.py \
-    $(addprefix serve/test_, compiled.py engine.py tensor_parallel_compiled.py)
+    $(addprefix serve/test_, compiled.py tensor_parallel_compiled.py)
 next_proofs := $(addprefix decoding/test_, bitwise.py coupled.py kernels.py loop.py) \
-    train/test_mesh.py train/test_objective.py serve/test_tensor_parallel.py
+    train/test_mesh.py train/test_objective.py $(addprefix serve/test_, engine.py tensor_parallel.py)
 
 test-next: .venv-next/.dev  ## Python 3.12 and the newest jax: what they touch, without slow; compile for H200 and TPU
 	.venv-next/bin/pytest $(parallel) -m "not torch and not slow and not proof and not browser" $(addprefix tests/,$(next))

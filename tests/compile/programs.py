@@ -48,15 +48,20 @@ def compile_decode_step(
     capacity: int = 32_768,
     pool_tokens: int,
     num_masks: int = 3,
+    rows: int | None = None,
     quantize: Form | None = None,
     markov_rank: int | None = None,
     dump: str | None = None,
 ) -> tuple[Compiled, DecodeState]:
-    """One donated forward of a running batch of Qwen3-8B on one device; `dump` as in `compile_for`."""
+    """One donated forward of a running batch of Qwen3-8B on one device; `dump` as in `compile_for`.
+
+    With `rows`, MASKs compete for them.
+    """
     config = dataclasses.replace(QWEN3_8B, kernels=BY_NAME[kernels], quantize=quantize, markov_rank=markov_rank)
     plan = StepPlan(
         num_masks=num_masks,
-        window_len=2 * num_masks + 1,
+        window_len=rows or 2 * num_masks + 1,
+        places_masks=rows is not None,
         argmax_proposals=False,
         soft_proposals=False,
         filtered=False,

@@ -24,6 +24,7 @@ THUNK = re.compile(r"^\s*\d+: (k\w+)", re.MULTILINE)
     [
         (1, 32_832, {}),
         (1, 32_832, {"num_masks": 0}),  # AR, whose products have one row
+        (1, 32_832, {"rows": 7}),
         (1, 32_832, {"quantize": "int8"}),
         pytest.param(1, 32_832, {"quantize": "int8", "num_masks": 0}, marks=pytest.mark.proof),
         pytest.param(1, 32_832, {"quantize": "fp8"}, marks=pytest.mark.proof),
@@ -69,6 +70,7 @@ def test_decode_step_at_32k_compiles_for_an_h200(batch, pool_tokens, options, tm
     [
         ("v6e:2x2", 1, 32_832, {"markov_rank": 256}),
         pytest.param("v6e:2x2", 1, 32_832, {}, marks=pytest.mark.proof),
+        pytest.param("v6e:2x2", 1, 32_832, {"rows": 7}, marks=pytest.mark.proof),
         ("v6e:2x2", 1, 32_832, {"quantize": "int8"}),
         pytest.param("v5p:2x2x1", 1, 32_832, {"quantize": "fp8"}, marks=pytest.mark.proof),
         pytest.param("v6e:2x2", 8, 65_536, {}, marks=pytest.mark.proof),

@@ -13,6 +13,7 @@ from scipy.stats import chi2
 
 from idlm_jax.config import LoraConfig
 from idlm_jax.decoding import AR, ISD, SamplingParams, generate
+from idlm_jax.decoding.method import method_name
 from idlm_jax.model.language_model import LanguageModel, from_module
 from tests.decoding.twin import dense_probs, shaped
 from tests.support.tiny_model import randomize_adapter, sharpen, tiny_module
@@ -76,23 +77,29 @@ def p_value(lm: LanguageModel, method: AR | ISD, params: SamplingParams) -> floa
     return float(chi2.sf(statistic, len(cells) - 1))
 
 
-@pytest.mark.parametrize("params", [PLAIN, FILTERED], ids=["plain", "top_k_top_p"])
+ALWAYS = [
+    (AR(), PLAIN),
+    (ISD(3), PLAIN),
+    (ISD(3), FILTERED),
+    (ISD(4, rows=7), PLAIN),
+    (ISD(4, rows=7), FILTERED),
+    (ISD(4, branches=4, proposals="argmax"), FILTERED),
+]
+METHODS = [AR(), ISD(2), ISD(4), ISD(4, branches=2), ISD(2, rows=3), ISD(3, branches=3)]
+METHODS += [ISD(stride, proposals="argmax", branches=branches) for stride, branches in ((3, 1), (4, 1), (4, 4))]
+
+
 @pytest.mark.parametrize(
-    "method",
+    ("method", "params"),
     [
-        pytest.param(AR(), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=2), marks=pytest.mark.proof),
-        ISD(stride=3),
-        ISD(stride=4, rows=7),
-        pytest.param(ISD(stride=4, branches=2), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=2, rows=3), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=4), marks=pytest.mark.proof),
-        pytest.param(ISD(stride=3, branches=3), marks=pytest.mark.proof),
-        pytest.param(ISD(stride=4, branches=4, proposals="argmax"), marks=pytest.mark.slow),
-        pytest.param(ISD(stride=3, proposals="argmax"), marks=pytest.mark.proof),
-        pytest.param(ISD(stride=4, proposals="argmax"), marks=pytest.mark.proof),
+        *ALWAYS,
+        *(
+            pytest.param(method, params, marks=pytest.mark.proof)
+            for method, params in itertools.product(METHODS, (PLAIN, FILTERED))
+            if (method, params) not in ALWAYS
+        ),
     ],
-    ids=str,
+    ids=lambda each: {PLAIN: "plain", FILTERED: "top_k_top_p"}.get(each) or method_name(each),
 )
 def test_samples_follow_the_causal_distribution(lm, method, params):
     assert p_value(lm, method, params) >= FALSE_ALARM
@@ -105,7 +112,7 @@ def test_samples_follow_the_distribution_that_penalties_and_biases_leave(lm, met
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("params", [PLAIN, FILTERED], ids=["plain", "top_k_top_p"])
+@pytest.mark.parametrize("params", [PLAIN, pytest.param(FILTERED, marks=pytest.mark.proof)])
 def test_the_official_rule_fails_the_same_test(lm, params):
     """Argmax proposals with a soft q sharpen towards the argmax; a test that let it pass would prove nothing."""
     assert p_value(lm, ISD(stride=3, proposals="argmax", rule="official"), params) < FALSE_ALARM**2
