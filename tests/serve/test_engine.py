@@ -81,6 +81,18 @@ def test_seeded_requests_under_load_are_those_of_generate(lm, start, config):
         assert stats.finished == {"length": 12}
 
 
+def test_a_request_thrown_out_has_as_many_drafts_as_were_placed_for_it_when_it_is_back(lm, start):
+    """One more or one less, and its random numbers would be others."""
+    method = ISD(stride=4, rows=8)
+    config = dataclasses.replace(TIGHT, method=method, decode_batches=(4,), prefill_shapes=((1, 16),))
+    engine = start(config, device=Device(lm, config))
+    prompts, params = random_prompts(64, 40, 11, seed=1), [sampled(seed) for seed in range(64)]
+    handles = [engine.submit(*each) for each in zip(prompts, params, strict=True)]
+    results = [handle.result() for handle in handles]
+    assert [tokens for tokens, _ in results] == tokens_of(generate(lm, prompts, method, params, batch_size=64))
+    assert engine.stats().num_preemptions > 0
+
+
 def test_a_prefix_hit_changes_no_token(lm, start):
     engine = start()
     prompt = random_prompts(1, 1, 11, seed=2)[0] * 30 + [3, 1, 4]
