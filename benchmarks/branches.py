@@ -10,6 +10,7 @@ drafts checked against a distribution they were not drawn from (at temperature 1
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import typer
 from tqdm import tqdm
@@ -76,7 +77,6 @@ def measure(
     """Measures every rule at every stride, greedily and at temperature 1, and writes the table."""
     lm = idlm_jax.load(model, adapter=adapter, dtype="float32")
     prompts = heldout_prompts(dataset, num_prompts, 48)
-    rows = []
     plan = [
         (temperature, int(stride), rule, method)
         for temperature in (0.0, 1.0)
@@ -84,6 +84,13 @@ def measure(
         for rule, method in rules(int(stride)).items()
         if temperature > 0 or method.rule != "coupled"  # at 0 it is the exact rule
     ]
+    record: dict[str, Any] = {
+        **provenance(f"python -m benchmarks.branches --strides {strides} --num-prompts {len(prompts)}"),
+        "model": model,
+        "adapter": str(adapter),
+        "max_tokens": max_tokens,
+        "rows": [],
+    }
     baseline: list[Completion] = []
     for temperature, stride, rule, method in tqdm(plan, unit="rule"):
         params = [
@@ -93,15 +100,10 @@ def measure(
         completions = idlm_jax.generate(lm, prompts, method, params, batch_size=32)
         baseline = completions if rule == "official" else baseline
         found = summary(completions, method, baseline, seed=stride)
-        rows.append({"temperature": temperature, "stride": stride, "rule": rule, "rows": method.window_len, **found})
-    record = {
-        **provenance(f"python -m benchmarks.branches --strides {strides} --num-prompts {len(prompts)}"),
-        "model": model,
-        "adapter": str(adapter),
-        "max_tokens": max_tokens,
-        "rows": rows,
-    }
-    write(RESULTS, name, record, markdown(record))
+        about = {"temperature": temperature, "stride": stride, "rule": rule, "rows": method.window_len}
+        record["rows"].append(about | found)
+        write(RESULTS, name, record, markdown(record))
+        jax.clear_caches()  # a process may have so many mappings, and a hundred programs take them all
     print(markdown(record))
 
 
