@@ -110,8 +110,9 @@ def _serving(lines: Sequence[Line], copy_bytes_s: float | None) -> Rows:
 
 
 def _method(stride: str) -> str:
-    """Of a part of a case's name, n1 or n4."""
-    return "AR" if stride == "n1" else f"ISD, N = {stride[1:]}"
+    """Of a part of a case's name: n1, n4, or n4r7 with so many rows."""
+    most, _, rows = stride[1:].partition("r")
+    return "AR" if stride == "n1" else f"ISD, N = {most}" + (f", {rows} rows" if rows else "")
 
 
 def _bytes_read(size: str, batch: int, context: int) -> int:

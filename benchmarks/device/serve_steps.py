@@ -28,8 +28,9 @@ WARM_UP, SAMPLES, STEPS_EACH = 2, 8, 8
 CHUNK = 128
 # Compiling and running the programs of one stride, on a slow day.
 NEEDS_S = 75.0
-# Greedy tokens per forward of the repository's tiny adapter, 200 held-out prompts (README.md).
-TRACE = {1: 1.0, 2: 1.42, 3: 1.57, 4: 1.64, 8: 1.66}
+# Greedy tokens per forward of the repository's tiny adapter on held-out prompts, by stride and rows: README.md, and for
+# rows benchmarks/results/branches/.
+TRACE = {(1, None): 1.0, (2, None): 1.42, (4, None): 1.64, (8, None): 1.66, (4, 7): 1.85, (8, 16): 2.05}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,26 +40,35 @@ class ServeCase:
     Attributes:
         size: released model.
         stride: 1 is AR.
+        rows: where MASKs compete for them; None has one group.
         batch: requests in it.
         context: tokens behind each.
     """
 
     size: str
     stride: int
+    rows: int | None = None
     batch: int
     context: int
 
     @property
     def name(self) -> str:
-        return f"{self.size}_n{self.stride}_b{self.batch}_{self.context}"
+        rows = "" if self.rows is None else f"r{self.rows}"
+        return f"{self.size}_n{self.stride}{rows}_b{self.batch}_{self.context}"
+
+    @property
+    def method(self) -> AR | ISD:
+        return ISD(stride=self.stride, rows=self.rows) if self.stride > 1 else AR()
 
 
-DRY = tuple(ServeCase(size="tiny", stride=stride, batch=2, context=128) for stride in (1, 2))
+DRY = tuple(
+    ServeCase(size="tiny", stride=stride, rows=rows, batch=2, context=128) for stride, rows in ((1, None), (2, 3))
+)
 # The most telling first; AR before what is compared with it.
 CASES = tuple(
-    ServeCase(size="Qwen3-8B", stride=stride, batch=batch, context=context)
+    ServeCase(size="Qwen3-8B", stride=stride, rows=rows, batch=batch, context=context)
     for batch, context in ((1, 2048), (32, 2048), (8, 2048), (64, 2048), (1, 16_384))
-    for stride in (1, 4, 2, 8)
+    for stride, rows in ((1, None), (4, None), (4, 7), (8, 16), (2, None), (8, None))
 )
 
 
@@ -113,7 +123,7 @@ def time_serving(cases: Sequence[ServeCase], budget: Budget, platform: str, *, i
                 median_ms=median,
                 iqr_ms=quartiles[2] - quartiles[0],
                 break_even=median / ar_ms[key] if key in ar_ms else None,
-                trace_tokens_per_s=TRACE[case.stride] * case.batch / median * 1e3,
+                trace_tokens_per_s=TRACE[case.stride, case.rows] * case.batch / median * 1e3,
             )
         )
     return results
@@ -146,10 +156,10 @@ def time_decode(lm: LanguageModel, case: ServeCase) -> Iterator[float]:
     end = case.context + num_steps * case.stride + 1
     size = EngineConfig.page_size
     config = EngineConfig(
-        method=ISD(stride=case.stride) if case.stride > 1 else AR(),
+        method=case.method,
         max_running=case.batch,
         max_len=end,
-        num_pages=case.batch * (-(-(end + 2 * case.stride) // size)) + 1,
+        num_pages=case.batch * (-(-(end + case.method.window_len) // size)) + 1,
         decode_batches=(case.batch,),
         prefill_shapes=((1, CHUNK),),
     )

@@ -23,6 +23,7 @@ ENVIRONMENT = {
 STEPS = [
     ServeSpeed(case="Qwen3-8B_n1_b2_1000", median_ms=10.0, iqr_ms=0.2, break_even=1.0),
     ServeSpeed(case="Qwen3-8B_n4_b2_1000", median_ms=12.0, iqr_ms=0.4, break_even=1.2),
+    ServeSpeed(case="Qwen3-8B_n4r7_b2_1000", median_ms=12.5, iqr_ms=0.4, break_even=1.25),
     ServeSpeed(case="Qwen3-8B_n8_b2_1000", note="skipped (time)"),
 ]
 
@@ -37,6 +38,7 @@ def test_a_run_is_told_with_device_versions_and_command(tmp_path: Path):
     assert "### Some GPU, 2026-01-02\n" in text
     assert "driver 1, jax 2, jaxlib 3, triton 4: `benchmarks/device/run.sh serve`." in text
     assert "| Qwen3-8B | 2 | 1000 | ISD, N = 4 | 12.00 ± 0.20 |  | 1.200 |" in text
+    assert "| Qwen3-8B | 2 | 1000 | ISD, N = 4, 7 rows | 12.50 ± 0.20 |  | 1.250 |" in text
     assert "N = 8" not in text
     assert "Not reached in the time of this run: 1 cases." in text
 
