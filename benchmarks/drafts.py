@@ -135,7 +135,7 @@ def measure(
     max_tokens: Annotated[int, typer.Option()] = 64,
     name: Annotated[str, typer.Option(help="Of the result files.")] = "tiny-cpu",
 ) -> None:
-    """Counts with one group, with the rows of two placed one by one, and with one behind every prefix, greedily and at temperature 1."""
+    """Counts with one group, with the rows of two, and with one behind every prefix, greedily and at temperature 1."""
     lm = idlm_jax.load(model, adapter=adapter, dtype="float32")
     prompts = heldout_prompts(dataset, num_prompts, 48)
     methods = [ISD(stride, branches=branches) for branches in sorted({1, 2, stride})]

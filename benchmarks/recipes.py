@@ -266,8 +266,8 @@ def _decoding_tables(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         "Own text: the base's own continuations at temperature 1 (greedy: at 0) of the first 32 tokens of the corpus's "
         "training documents, 224 tokens each, the only part that is masked and scored: seven eighths; `idlm continue` "
         f"writes it, and as many rows of it are trained on. TPF here is over {NUM_PROMPTS} "
-        "held-out prompts by 64 tokens, with one group of MASKs and with two placed ones (whole groups, as they were placed until "
-        "2026-11-27); in brackets the ratio to "
+        "held-out prompts by 64 tokens, with one group of MASKs and with two placed ones (whole "
+        "groups, as they were placed until 2026-11-27); in brackets the ratio to "
         f'"{REFERENCE}" at the same seeds. Acceptance is the mean of min(1, p/q) over the drafts that decoding '
         "verified (one group, T=1), and, teacher-forced, the sum of min(p, q) on own text that was held out. Intervals "
         "are 95 %, over prompts; those of several seeds, which share the prompts, are averaged.",
