@@ -31,8 +31,8 @@ def chain_of(acceptance: Float[np.ndarray, "*R M"], method: AR | ISD | TwoPass) 
 
     Args:
         acceptance: probability that the draft at each depth is accepted, if those before it were.
-        method: its forwards. Placed MASKs are taken to stand where they are of most use on average, a lower bound: they
-            follow each window's own drafts.
+        method: its forwards. Placed MASKs are taken to stand where they are of most use on average, an approximation:
+            they follow each window's own drafts.
     """
     num_masks = method.num_masks
     certain = np.ones_like(acceptance, shape=(*acceptance.shape[:-1], 1))

@@ -36,7 +36,7 @@ def check_prediction(row: idlm_jax.Consistency) -> None:
     assert predicted is not None
     assert measured.low <= predicted.value <= measured.high
     assert predicted.low <= measured.value <= predicted.high
-    is_placed = isinstance(row.method, ISD) and row.method.places_masks  # then it is a lower bound
+    is_placed = isinstance(row.method, ISD) and row.method.places_masks  # then it is an approximation
     assert predicted.value == pytest.approx(measured.value, rel=0.04 if is_placed else 0.02)
     if row.method.num_masks and row.method.branches == 1 and not is_placed:
         acceptance = [each.value for each in row.acceptance_by_depth if each is not None]
