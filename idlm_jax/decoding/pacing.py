@@ -23,8 +23,7 @@ from idlm_jax.decoding.step_times import StepTimes
 CONSIDER_EVERY = 32  # between two looks at the rates
 PROBE_EVERY = 256
 PROBE_FORWARDS = 4  # the first of them has no drafts to verify, if AR came before it
-# Where nothing may be better: a probe of AR, lest all was wrong, or beside AR of what perfect drafts would make better.
-LONG_SHOT_EVERY = 4  # probes
+LONG_SHOT_EVERY = 4  # probes: where nothing may be better than AR, one of what perfect drafts would make better
 # Standard deviations: by how many a method must be better, and by how many worse it may be and still be tried.
 SURE, HOPEFUL = 1.5, 2.0
 HYSTERESIS = 1.01  # half of what "auto" may lose to the best fixed method
@@ -176,20 +175,23 @@ class Pacer:
             self._current[batch] = best
 
     def _rival(self, batch: int) -> int | None:
-        """What to try: what may be better than what runs by the most; seldom, what cannot be by all that is known."""
+        """What to try: AR, every other time that it does not run; what may be better than what runs, by the most first.
+
+        And seldom, where AR runs, what cannot be better by all that is known.
+        """
         self._num_probes += 1
         rates, current = self.rates(batch), self._current[batch]
+        if current and self._num_probes % 2:
+            return 0  # a wrong start must not make anybody slower than the first of the menu
         others = [index for index in rates if index != current]
         rivals = [each for each in others if _may_beat(rates[each], rates[current])]
         if rivals:
             # Trying it makes its error smaller, so the others have their turns.
             return max(rivals, key=lambda index: rates[index].log + HOPEFUL * rates[index].error)
-        if self._num_probes % LONG_SHOT_EVERY:
+        if current or self._num_probes % LONG_SHOT_EVERY:
             return None
-        if current == 0:
-            # AR says nothing of how good drafts would be.
-            return next((index for index in others if self.could_win(batch, index)), None)
-        return 0
+        # AR says nothing of how good drafts would be.
+        return next((index for index in others if self.could_win(batch, index)), None)
 
     def could_win(self, batch: int, index: int) -> bool:
         """Whether the method would beat AR at this batch size if all its drafts were accepted; true of AR itself."""

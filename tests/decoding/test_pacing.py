@@ -88,6 +88,18 @@ def test_it_is_as_fast_as_the_best_fixed_method_and_as_ar(acceptance, seconds_pe
     assert rate(world, pacer, 4000) > 0.98 * max(fixed)
 
 
+@pytest.mark.parametrize(("acceptance", "seconds_per_row"), [(0.6, 0.3), (0.57, 0.3)])
+def test_ar_that_was_timed_half_too_slow_is_back_soon(acceptance, seconds_per_row):
+    world = World(acceptance, seconds_per_row, seed=1)
+    pacer = Pacer(MENU)
+    for index in range(len(MENU)):
+        pacer.set_seconds(WINDOWS, index, world.seconds(index) * (1.5 if index == 0 else 1.0))
+    assert pacer.choose(WINDOWS) != 0
+    ar = rate(World(acceptance, seconds_per_row), Pacer(MENU), 2000, fixed=0)
+    assert rate(world, pacer, 2000) > 0.95 * ar
+    assert rate(world, pacer, 2000) > 0.98 * ar
+
+
 def test_it_notices_that_drafts_have_become_better_while_it_ran_ar():
     world = World(0.02, 0.1)
     pacer = timed(world)
