@@ -97,8 +97,10 @@ class ISD:
             raise ValueError(f"{rows=} stand in place of branches={self.branches!r}: give one of them")
         if self.rule == "official":
             raise ValueError(f"rule='official' has one group of MASKs, so no choice of {rows=}")
-        if self.stride == 1 or not self.stride < rows <= self.stride**2:
-            raise ValueError(f"{rows=} must lie in stride + 1..stride^2, and a stride of 1 has no choice")
+        if self.stride == 1:
+            raise ValueError(f"{rows=}: a stride of 1 drafts nothing and has one row")
+        if not self.stride < rows <= self.stride**2:
+            raise ValueError(f"{rows=} must lie in {self.stride + 1}..{self.stride**2} at stride {self.stride}")
 
     @property
     def num_masks(self) -> int:
