@@ -90,9 +90,8 @@ SECTIONS = (
         "Load-aware stride",
         "load_aware/tiny-cpu.md",
         'Aim: "auto" within 2 % of the best fixed setting at every number of callers, and never below AR. On a CPU AR '
-        'or N=2 with two branches is best, and "auto" takes one of them for nearly all steps; every interval holds 1, '
-        "but the noise is larger than the aim, and at 4 and 8 callers trying what is a little slower may cost more "
-        "than 2 % ([0017](decisions/0017-coupled-and-auto.md)).",
+        'is best or level with N=2, and "auto" runs it for nearly all steps; every interval holds 1, but the noise is '
+        "larger than the aim ([0017](decisions/0017-coupled-and-auto.md)).",
     ),
     Section(
         "Consistency",
