@@ -136,7 +136,9 @@ def run_twin(lm: LanguageModel, prompt: list[int], method: AR | ISD, params: Sam
     def masks_behind(confidence: list[float]) -> list[int]:
         """MASKs behind each prefix of the drafts; those that get a row are most likely to be of use."""
         every = range(len(confidence) + 1)
-        if isinstance(method, AR) or not method.places_masks:
+        if isinstance(method, AR):
+            return [0]
+        if not method.places_masks:
             return [method.num_masks * (method.branches != 1 or prefix == len(confidence)) for prefix in every]
         ends = [np.prod(confidence[:j]) * (1 - confidence[j]) for j in range(len(confidence))]
         ends.append(np.prod(confidence))
