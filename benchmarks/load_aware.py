@@ -177,9 +177,10 @@ def measure(
                     turns.now = pacers[column]
                     before = Counter(engine.stats().num_decode_forwards_by_method)
                     found = speed(engine, turn_s)
-                    if turn >= 0:
-                        speeds[turn, column] = found
-                    if turn >= 0 and names[column] == AUTO:
+                    if turn < 0:
+                        continue
+                    speeds[turn, column] = found
+                    if names[column] == AUTO:
                         chosen += Counter(engine.stats().num_decode_forwards_by_method) - before
         record["points"].append(point(count, names, speeds, chosen))
         write(RESULTS, name, record, markdown(record))
