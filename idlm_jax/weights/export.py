@@ -19,6 +19,8 @@ from idlm_jax.weights.tensor_file import write_tensors
 _FREE_FIELDS = {"attention_dropout", "initializer_range", "sliding_window", "use_cache"}
 # Fields of the source that an export makes untrue: its custom code is not copied, its tensors are recast.
 _DROPPED_FIELDS = {"auto_map", "dtype", "quantization_config", "torch_dtype"}
+# transformers 5 saves tokenizers under names that 4.x, and so SGLang and vLLM of its time, do not know; it reads both.
+_TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def export_hf(
@@ -97,6 +99,7 @@ def write_model(
     write_json(folder / "generation_config.json", _generation_config(config, lm.hf_config))
     if lm.tokenizer is not None:
         lm.tokenizer.save_pretrained(folder)
+        _name_tokenizer_for_4(folder / "tokenizer_config.json")
 
 
 def exported_config(config: ModelConfig, source: Mapping[str, Any], dtype: DType) -> dict[str, Any]:
@@ -117,6 +120,16 @@ def exported_config(config: ModelConfig, source: Mapping[str, Any], dtype: DType
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON as Hugging Face does: indented by two, sorted, ending in a newline."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _name_tokenizer_for_4(file: Path) -> None:
+    content: dict[str, Any] = json.loads(file.read_text())
+    name = content.get("tokenizer_class")
+    if name in _TOKENIZER_CLASSES:
+        content["tokenizer_class"] = _TOKENIZER_CLASSES[name]
+    if isinstance(special := content.pop("extra_special_tokens", None), list) and special:
+        content["additional_special_tokens"] = special
+    write_json(file, content)
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int, itemsize: int) -> Iterator[tuple[TensorSpec, ...]]:

@@ -5,17 +5,15 @@ What that server reads was read in github.com/thuEcstasy/I-DLM at 3342a17, under
 one, and prompt attention from `causal_prefill`; `dllm/algorithm/idlm_blockN.py` takes the rest of the YAML.
 """
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from idlm_jax.config import QWEN3_MASK_TOKEN_ID, DType
 from idlm_jax.model.language_model import LanguageModel
 from idlm_jax.weights.adapter import write_adapter
 from idlm_jax.weights.atomic_folder import atomic_folder
-from idlm_jax.weights.export import write_json, write_model
+from idlm_jax.weights.export import write_model
 
 STRIDES = (2, 3, 4, 8)
 README_FILE = "SGLANG.md"
@@ -23,8 +21,6 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_NAME = "idlm"  # what requests name as their model
 # dllm/config.py: the id that goes with Qwen3ForCausalLM. No file can change it.
 MASK_TOKEN_ID = QWEN3_MASK_TOKEN_ID
-# transformers 5 writes names that the 4.x of that server does not know.
-_TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def export_sglang(
@@ -76,7 +72,6 @@ def export_sglang(
     with atomic_folder(folder, overwrite=overwrite, marker="config.json") as partial:
         also = {"block_size": window_rows(stride)}
         write_model(lm, partial, max_shard_bytes=max_shard_bytes, dtype=dtype, also=also)
-        _name_tokenizer_for_4(partial / "tokenizer_config.json")
         for each in strides:
             (partial / yaml_name(each)).write_text(algorithm_yaml(each, has_adapter=has_adapter))
         if has_adapter:
@@ -131,16 +126,6 @@ def launch_command(folder: Path, stride: int, *, has_adapter: bool) -> list[str]
     arguments += ["--dllm-algorithm", "IDLMBlockN", "--dllm-algorithm-config", str(folder / yaml_name(stride))]
     arguments += ["--attention-backend", "flashinfer", "--dtype", "bfloat16", "--tp-size", "1"]
     return [*arguments, "--mem-fraction-static", "0.85", "--max-running-requests", "32", "--port", "30000"]
-
-
-def _name_tokenizer_for_4(file: Path) -> None:
-    content: dict[str, Any] = json.loads(file.read_text())
-    name = content.get("tokenizer_class")
-    if name in _TOKENIZER_CLASSES:
-        content["tokenizer_class"] = _TOKENIZER_CLASSES[name]
-    if isinstance(special := content.pop("extra_special_tokens", None), list) and special:
-        content["additional_special_tokens"] = special
-    write_json(file, content)
 
 
 def _readme(command: Sequence[str], strides: Sequence[int], *, has_adapter: bool, has_markov_head: bool) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from idlm_jax.config import LoraConfig
-from idlm_jax.decoding import AR, ISD, Completion, SamplingParams, fixed_width, generate
+from idlm_jax.decoding import AR, ISD, Completion, SamplingParams, fixed_width, generate, loop
 from idlm_jax.decoding.fixed_width import checksums, group_slots_of
 from idlm_jax.decoding.generate import NO_LIMIT, prepare_batch, read_completions
 from idlm_jax.decoding.loop import programs
@@ -17,6 +17,7 @@ from idlm_jax.decoding.stream import stream_tokens
 from idlm_jax.decoding.window import Outputs
 from idlm_jax.model.language_model import LanguageModel, from_module
 from pallas_kernels.bodies import BY_NAME, Body
+from pallas_kernels.paged_attention import page_walk, reference
 from tests.support.tiny_model import random_prompts, randomize_adapter, sharpen, tiny_module
 
 DTYPES = ["float32", "bfloat16"]
@@ -89,25 +90,65 @@ def test_every_method_has_the_bits_of_ar_in_any_batch(ar_alone, adapter, method,
     assert bits(decoded(tiny(dtype, adapter=adapter), PROMPTS, method, batch_size=batch_size)) == wanted
 
 
-@pytest.mark.proof
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_windows_of_their_own_width_in_groups_as_large_as_the_batch_have_other_bits(dtype, monkeypatch):
-    """What the tile is for, taken away: the other tests would pass for nothing if this did."""
-    wanted = bits(decoded(tiny(dtype), PROMPTS[:14], AR()))
+def take_away_the_tile(patch: pytest.MonkeyPatch) -> None:
+    """Windows as wide as their method has them; groups as large as the batch are the caller's affair."""
 
     def unpadded(module, plan, state, window):
         hidden, cache = fixed_width._tile(module, plan, state, window, state.context_len)
         return Outputs(hidden, module.logits(hidden)), cache
 
-    monkeypatch.setattr(fixed_width, "window_outputs", unpadded)
+    patch.setattr(fixed_width, "window_outputs", unpadded)
+
+
+def take_away_attention_by_pages(patch: pytest.MonkeyPatch) -> None:
+    """The reference in its place, which sums over the width of a table."""
+
+    def by_table(q, k_pages, v_pages, page_table, context_len, visible):
+        causal = jnp.tril(jnp.ones((1, q.shape[1], q.shape[1]), bool))
+        mask = jnp.broadcast_to(causal, (len(q), *causal.shape[1:])) if visible is None else visible
+        return reference.paged_attention(q, k_pages, v_pages, page_table, context_len, mask)
+
+    patch.setattr(page_walk, "paged_attention", by_table)
+
+
+def take_away_barriers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(jax.lax, "optimization_barrier", lambda values: values)
+
+
+def take_away_exact_rounding(patch: pytest.MonkeyPatch) -> None:
+    """The default mode's options."""
+    patch.setattr(loop, "run_prefill_bitwise", loop.run_prefill)
+    patch.setattr(loop, "run_loop_bitwise", loop.run_loop)
+
+
+PARTS = [take_away_the_tile, take_away_attention_by_pages, take_away_barriers, take_away_exact_rounding]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "taken", [pytest.param(PARTS, id="all"), *(pytest.param([part], id=part.__name__[10:]) for part in PARTS)]
+)
+def test_on_a_cpu_the_tile_carries_the_claim(dtype, taken, monkeypatch):
+    """The table of docs/decisions/0013-bitwise.md, which `-rP` prints: what changes bits when it is taken away."""
+    for part in taken:
+        part(monkeypatch)
+    is_tiled = take_away_the_tile not in taken
+    jax.clear_caches()  # of programs that were traced with the part
     try:
+        alone = bits(decoded(tiny(dtype), PROMPTS[:14], AR()))
         found = bits(
-            decoded(tiny(dtype, adapter=True), PROMPTS[:14], ISD(8), group_slots=16)
-        )  # the batch is 14, padded
+            decoded(tiny(dtype, adapter=True), PROMPTS[:14], ISD(8), batch_size=7)
+            if is_tiled
+            else decoded(tiny(dtype, adapter=True), PROMPTS[:14], ISD(8), group_slots=16)  # the batch is 14, padded
+        )
     finally:
-        jax.clear_caches()  # of programs that were traced without the tile
-    pairs = [pair for row, alone in zip(found, wanted, strict=True) for pair in zip(row, alone, strict=True)]
-    assert sum(one != other for one, other in pairs) > 0.5 * len(pairs)
+        jax.clear_caches()  # of programs that were traced without the part
+    pairs = [pair for row, wanted in zip(found, alone, strict=True) for pair in zip(row, wanted, strict=True)]
+    tokens = sum(one[0] != other[0] for one, other in pairs)
+    sums = sum(one[1] != other[1] for one, other in pairs)
+    print(f"{dtype}: {tokens} tokens and {sums} checksums of {len(pairs)} differ")
+    assert sums == 0 if is_tiled else sums > 0.5 * len(pairs)
 
 
 @pytest.mark.proof

@@ -18,6 +18,7 @@ from idlm_jax.weights import export_hf, load
 from idlm_jax.weights.export import plan_shards
 from idlm_jax.weights.hf_names import base_tensors
 from tests.support.tiny_model import tiny_config, tiny_lm, tiny_module
+from tests.support.tiny_tokenizer import byte_tokenizer
 from tests.weights.folders import assert_same_params, edit_json, exported, tensors_of
 
 
@@ -112,6 +113,19 @@ def test_the_tokenizer_and_its_chat_template_survive_the_round_trip(tmp_path, mo
     again = load(tmp_path / "b", dtype="float32").tokenizer
     chat = [{"role": "user", "content": "b d"}]
     assert again is not None and again.apply_chat_template(chat, tokenize=False) == "b d <eos>"
+
+
+def test_the_tokenizer_names_no_class_that_only_transformers_5_has(tmp_path):
+    tokenizer = byte_tokenizer()
+    export_hf(from_module(tiny_module(), tokenizer=tokenizer), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<|MASK|>"]
+    assert not isinstance(config.get("extra_special_tokens"), list)  # 4.x expects an object there
+    found = load(tmp_path / "a", dtype="float32").tokenizer
+    text = "<|MASK|>é<|endoftext|>"
+    assert found is not None and found.encode(text) == tokenizer.encode(text)
+    assert found.decode(found.encode(text), skip_special_tokens=True) == "é"
 
 
 def test_a_folder_without_a_tokenizer_loads_with_none(tmp_path):

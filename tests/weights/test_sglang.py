@@ -103,14 +103,6 @@ def test_the_rest_is_what_export_hf_writes(exported, tmp_path):
     assert_same_params(load(folder, dtype="bfloat16"), lm)
 
 
-def test_the_tokenizer_names_no_class_that_only_transformers_5_has(exported):
-    folder, _ = exported
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert not isinstance(config.get("extra_special_tokens"), list)  # 4.x expects an object there
-    assert load(folder).tokenizer.encode("<|MASK|>") == byte_tokenizer().encode("<|MASK|>")
-
-
 def test_an_adapter_goes_beside_the_base_and_acts_on_mask_rows_only(adapted):
     folder, lm, command = adapted
     read = what_the_server_reads(command)
