@@ -8,15 +8,19 @@ differs but the choice, and a machine that slows down does it to all: methods ta
 order, and ratios are taken in rounds. Completions differ in length, as they do in earnest: where all are as long, AR
 keeps the requests in step, and its batches full, as no method does whose tokens come in uneven portions (`--spread 0`
 shows it). Fixed methods that are far behind after a few rounds are not run in the others.
+
+Where "auto" mostly runs AR, the noise of two turns is larger than all that can differ between them: the steps that were
+not AR's, and the time that choosing took. So that is counted too, in the turns of "auto" alone (`over_ar_by_steps`).
 """
 
 import contextlib
+import dataclasses
 import itertools
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +36,7 @@ from idlm_jax.decoding.pacing import Pacer
 from serve.config import EngineConfig
 from serve.device import Device
 from serve.engine import Engine
+from serve.scheduler import Scheduler
 from train.data import heldout_prompts
 
 Request = tuple[list[int], idlm_jax.SamplingParams]
@@ -44,6 +49,7 @@ PROMPT_LEN, MAX_LEN = 48, 192
 NUM_REQUESTS = 256  # that differ; asked over and over
 # Of a turn that do not count: steps that its predecessor chose, and the drafts that it did not leave.
 SETTLE_S = 0.25
+RESAMPLES = 400  # of turns, for an interval of 95 %
 
 
 class Fixed(Pacer):
@@ -60,21 +66,80 @@ class Fixed(Pacer):
         """Nothing follows from it."""
 
 
+@dataclasses.dataclass
+class Turn:
+    """What was chosen in a turn, and what came of it; by batch size and method, or by method.
+
+    Attributes:
+        steps: decode steps chosen.
+        seconds: of those that read no prompt beside.
+        windows: whose tokens were told.
+        tokens: committed by them.
+        untold: steps after a change of method, whose tokens are not told.
+        host_seconds: that choosing and learning took.
+    """
+
+    steps: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
+    seconds: defaultdict[tuple[int, int], list[float]] = dataclasses.field(default_factory=lambda: defaultdict(list))
+    windows: Counter[int] = dataclasses.field(default_factory=Counter)
+    tokens: Counter[int] = dataclasses.field(default_factory=Counter)
+    untold: Counter[int] = dataclasses.field(default_factory=Counter)
+    host_seconds: float = 0.0
+
+
 class Turns(Pacer):
-    """Whichever of several pacers has its turn."""
+    """Whichever of several pacers has its turn, and an account of it."""
 
     def __init__(self, pacers: Sequence[Pacer]):
         super().__init__(pacers[0].menu)
-        self.now = pacers[0]
+        self.now, self.turn = pacers[0], Turn()
 
     def choose(self, batch: int, forwards: int = 1) -> int:
-        return self.now.choose(batch, forwards)
+        start = time.perf_counter()
+        index = self.now.choose(batch, forwards)
+        self.turn.host_seconds += time.perf_counter() - start
+        self.turn.steps[batch, index] += forwards
+        return index
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
+        self.turn.seconds[batch, index].append(seconds)
+        start = time.perf_counter()
         self.now.follow_seconds(batch, index, seconds)
+        self.turn.host_seconds += time.perf_counter() - start
 
     def observe(self, index: int, forwards: int, tokens: int, verified: Sequence[int], accepted: Sequence[int]) -> None:
+        self.turn.windows[index] += forwards
+        self.turn.tokens[index] += tokens
+        self.turn.untold[index] += not forwards
+        start = time.perf_counter()
         self.now.observe(index, forwards, tokens, verified, accepted)
+        self.turn.host_seconds += time.perf_counter() - start
+
+
+def over_ar_by_steps(turns: Sequence[Turn]) -> float:
+    """Seconds that AR would have taken for the same tokens, over those of the steps that ran and of choosing them.
+
+    A step's seconds are the median of its kind in these turns. Nothing is hidden behind the device's work, and a step
+    after a change counts a token a window, as if it had had no drafts. Prompts are left out: whatever decodes, they are
+    as many, and would bring the ratio closer to 1.
+    """
+    seconds: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    for turn in turns:
+        for kind, found in turn.seconds.items():
+            seconds[kind] += found
+    windows, tokens, untold = (
+        sum((getattr(turn, name) for turn in turns), Counter()) for name in ("windows", "tokens", "untold")
+    )
+    ar_seconds = taken = 0.0
+    for (batch, index), num_steps in sum((turn.steps for turn in turns), Counter()).items():
+        if not (seconds[batch, index] and seconds[batch, 0]):
+            continue  # too seldom to have been timed once
+        ar = float(np.median(seconds[batch, 0]))
+        share_untold = min(untold[index] / num_steps, 1.0) if index else 0.0
+        per_window = tokens[index] / windows[index] if index and windows[index] else 1.0
+        ar_seconds += num_steps * ar * (share_untold + (1 - share_untold) * per_window)
+        taken += num_steps * float(np.median(seconds[batch, index]))
+    return ar_seconds / (taken + sum(turn.host_seconds for turn in turns))
 
 
 @contextlib.contextmanager
@@ -101,12 +166,18 @@ def callers_on(engine: Engine, requests: Sequence[Request], num_callers: int) ->
         thread.join()
 
 
-def speed(engine: Engine, seconds: float) -> float:
-    """Tokens a second from now on."""
-    time.sleep(SETTLE_S)
-    before, start = engine.stats().num_committed, time.perf_counter()
+def speed(engine: Engine, step_ended: threading.Event, seconds: float) -> float:
+    """Tokens a second from now on, from the end of a step to the end of another."""
+
+    def at_end() -> tuple[int, float]:
+        step_ended.clear()
+        step_ended.wait()
+        return engine.stats().num_committed, time.perf_counter()
+
+    before, start = at_end()
     time.sleep(seconds)
-    return (engine.stats().num_committed - before) / (time.perf_counter() - start)
+    after, end = at_end()
+    return (after - before) / (end - start)
 
 
 def measure(
@@ -164,25 +235,34 @@ def measure(
         (prompt, idlm_jax.SamplingParams(max_tokens=max(1, round(length)), temperature=temperature, ignore_eos=True))
         for prompt, length in zip(every, lengths.tolist(), strict=True)
     ]
+    step_ended = threading.Event()
+
+    def end_step(scheduler: Scheduler) -> None:
+        step_ended.set()
+
     for count in tqdm(points, unit="load"):
         speeds = np.full((rounds, len(names)), np.nan)
-        chosen: Counter[str] = Counter()
+        autos: list[Turn] = []
         device.reset()
         turns = Turns(pacers)
-        with Engine(lm, config, device=device, pacer=turns) as engine, callers_on(engine, requests, count):
+        with (
+            Engine(lm, config, device=device, pacer=turns, after_step=end_step) as engine,
+            callers_on(engine, requests, count),
+        ):
             for turn in tqdm(range(-1, rounds), unit="round", leave=False):
                 for column in np.roll(range(len(names)), -turn):
                     if turn >= TRIAL_ROUNDS and names[column] in far_behind(names, speeds[:TRIAL_ROUNDS]):
                         continue
                     turns.now = pacers[column]
-                    before = Counter(engine.stats().num_decode_forwards_by_method)
-                    found = speed(engine, turn_s)
+                    time.sleep(SETTLE_S)
+                    turns.turn = Turn()
+                    found = speed(engine, step_ended, turn_s)
                     if turn < 0:
                         continue
                     speeds[turn, column] = found
                     if names[column] == AUTO:
-                        chosen += Counter(engine.stats().num_decode_forwards_by_method) - before
-        record["points"].append(point(count, names, speeds, chosen))
+                        autos.append(turns.turn)
+        record["points"].append(point(count, names, speeds, autos))
         write(RESULTS, name, record, markdown(record))
     print(markdown(record))
 
@@ -194,8 +274,8 @@ def far_behind(names: list[str], speeds: np.ndarray) -> set[str]:
     return {name for name in list(fixed)[1:] if fixed[name] < FAR_BEHIND * max(fixed.values())}
 
 
-def point(callers: int, names: list[str], speeds: np.ndarray, chosen: Mapping[str, int]) -> dict[str, Any]:
-    """What one load gave: medians and ranges of ratios within rounds."""
+def point(callers: int, names: list[str], speeds: np.ndarray, autos: Sequence[Turn]) -> dict[str, Any]:
+    """What one load gave: medians and intervals of ratios within rounds."""
 
     def ratio(column: int, to: int) -> dict[str, float]:
         ratios = speeds[:, column] / speeds[:, to]
@@ -208,12 +288,23 @@ def point(callers: int, names: list[str], speeds: np.ndarray, chosen: Mapping[st
     fixed = [column for column, name in enumerate(names) if name != AUTO]
     best = max(fixed, key=lambda column: float(np.nanmedian(speeds[:, column] / speeds[:, 0])))
     auto = names.index(AUTO)
+    steps: Counter[str] = Counter()
+    for turn in autos:
+        for (_, index), number in turn.steps.items():
+            steps[names[index]] += number
+    rng = np.random.default_rng(0)
+    resampled = [
+        over_ar_by_steps([autos[each] for each in rng.integers(0, len(autos), len(autos))]) for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
     return {
         "callers": callers,
         "over_ar": {name: ratio(column, 0) for column, name in enumerate(names)},
         "best_fixed": names[best],
         "auto_over_best_fixed": ratio(auto, best),
-        "chosen": dict(chosen),
+        "auto_over_ar_by_steps": {"median": over_ar_by_steps(autos), "low": low, "high": high},
+        "chosen": dict(steps),
+        "choosing_s": sum(turn.host_seconds for turn in autos) / steps.total(),
         "tokens_per_s": {
             name: speeds[~np.isnan(speeds[:, column]), column].tolist() for column, name in enumerate(names)
         },
@@ -241,8 +332,8 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(f"| {each['callers']} | " + " | ".join(cell(each["over_ar"][name]) for name in names) + " |")
     lines += [
         "",
-        "| callers | best fixed | auto over it | auto over AR | what auto chose |",
-        "| --- | --- | --- | --- | --- |",
+        "| callers | best fixed | auto over it | auto over AR | auto over AR, by its steps | what auto chose |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for each in record["points"]:
         total = sum(each["chosen"].values())
@@ -250,7 +341,7 @@ def markdown(record: dict[str, Any]) -> str:
         chosen = ", ".join(f"{name} {number / total:.0%}" for name, number in shares if number >= 0.005 * total)
         lines.append(
             f"| {each['callers']} | {each['best_fixed']} | {cell(each['auto_over_best_fixed'], 3)} | "
-            f"{cell(each['over_ar'][AUTO], 3)} | {chosen} |"
+            f"{cell(each['over_ar'][AUTO], 3)} | {cell(each['auto_over_ar_by_steps'], 3)} | {chosen} |"
         )
     return "\n".join(lines) + "\n"
 
