@@ -51,8 +51,9 @@ def _tables(run: Run) -> list[str]:
     commands = "; ".join(f"`{part['environment']['command']}`" for part in run.parts.values())
     tables = [f"### {environment['device']}, {environment['date'][:10]}", f"{versions}: {commands}."]
     lines = {
-        kind: [line for part in run.parts.values() for line in part[kind]]
-        for kind in ("checks", "speeds", "torch", "serving", "steps", "exact")
+        # An older revision's file may lack a kind.
+        kind: [line for part in run.parts.values() for line in part.get(kind, [])]
+        for kind in ("checks", "speeds", "torch", "serving", "steps", "exact", "conversions", "notes")
     }
     if lines["checks"]:
         failed = sum(check["status"] == FAIL for check in lines["checks"])
@@ -61,11 +62,19 @@ def _tables(run: Run) -> list[str]:
         tables.append(table(*_kernels(timed, [line for line in lines["torch"] if "median_ms" in line])))
     elif lines["speeds"]:
         tables.append("No kernel was timed by itself: the checks took the time.")
-    found = (_serving(lines["serving"], run.copy_bytes_s), _training(lines["steps"]), _exact(lines["exact"]))
+    conversions = lines["conversions"]
+    found = (
+        _serving(lines["serving"], run.copy_bytes_s),
+        _training(lines["steps"]),
+        _exact(lines["exact"]),
+        _conversions(conversions),
+        _decoding(conversions),
+    )
     tables += [table(header, rows) for header, rows in found if rows]
+    tables += lines["notes"]
     left = sum(not line["timing"] for line in lines["speeds"])
     left += sum(line["median_ms"] is None for line in [*lines["serving"], *lines["steps"]])
-    left += sum(not line["prompts"] for line in lines["exact"])
+    left += sum(not line["prompts"] for line in lines["exact"]) + sum(not line["heldout"] for line in conversions)
     return [
         *tables,
         f"Not reached in the time of this run: {left} cases. Everything: `benchmarks/results/{run.folder.name}`.",
@@ -147,3 +156,30 @@ def _exact(lines: Sequence[Line]) -> Rows:
             rows.append([dtype, mode, _method(stride), batch[1:], *counts])
     header = ["dtype", "mode", "against AR alone", "batch", "prompts", "tokens"]
     return [*header, "differing tokens", "differing checksums"], rows
+
+
+def _conversions(lines: Sequence[Line]) -> Rows:
+    """A parent and what was made of it, on held-out rows; acceptance is teacher-forced, at temperature 1."""
+    rows = []
+    for line in lines:
+        heldout = line["heldout"]
+        if heldout:
+            depths = [value for name, value in sorted(heldout.items()) if name.startswith("acceptance/depth_")]
+            acceptance = f"{heldout['acceptance']:.3f}" if depths else ""
+            by_depth = " ".join(f"{value:.3f}" for value in depths)
+            counts = [f"{line['steps']:,}", f"{line['tokens'] / 1e6:.1f}", f"{heldout['ce_clean']:.3f}"]
+            rows.append([line["case"], *counts, acceptance, by_depth, line["note"]])
+    return ["training run", "steps", "M tokens", "held-out loss", "acceptance", "by depth", "note"], rows
+
+
+def _decoding(lines: Sequence[Line]) -> Rows:
+    """Held-out prompts decoded with each conversion, in bfloat16."""
+    suffix = ": prompts unlike AR"  # after the name of a greedy method, in `Conversion.tokens_per_forward`
+    rows = []
+    for line in lines:
+        rates = line["tokens_per_forward"]
+        for name, rate in rates.items():
+            if not name.endswith(suffix):
+                unlike = rates.get(name + suffix)
+                rows.append([line["case"], name, f"{rate:.3f}", "" if unlike is None else f"{unlike:.0f}"])
+    return ["conversion", "method", "TPF", "of 128 prompts unlike AR (bfloat16)"], rows

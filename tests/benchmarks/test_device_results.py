@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.device.convert import Conversion
 from benchmarks.device.report import Report
 from benchmarks.device.serve_steps import ServeSpeed
 from benchmarks.device_results import section
@@ -63,3 +64,22 @@ def test_without_a_run_on_an_accelerator_there_is_no_section(tmp_path: Path, has
     (tmp_path / "branches").mkdir()
     (tmp_path / "branches" / "tiny-cpu.json").write_text('{"device": "cpu"}')
     assert section(tmp_path) == ""
+
+
+def test_conversions_and_the_lines_of_parts_that_write_their_own_report_are_told(tmp_path: Path):
+    heldout = {"ce_clean": 2.5, "loss": 3.0, "acceptance": 0.625, "acceptance/depth_0": 0.75, "acceptance/depth_1": 0.5}
+    rates = {"ISD N=4, T=0": 2.25, "ISD N=4, T=0: prompts unlike AR": 3.0, "ISD N=4, T=1": 2.0}
+    conversions = [
+        Conversion(case="parent", steps=1200, tokens=78_600_000, heldout={"ce_clean": 2.4, "loss": 2.4}),
+        Conversion(case="adapter_ours", steps=40, tokens=2_600_000, heldout=heldout, tokens_per_forward=rates),
+        Conversion(case="full_paper", note="skipped (time)"),
+    ]
+    report = Report(environment=ENVIRONMENT, is_dry=False, conversions=conversions, notes=["greedy: exit status 0"])
+    report.write(tmp_path / "run", "convert")
+    text = section(tmp_path)
+    assert "| parent | 1,200 | 78.6 | 2.400 |  |  |  |" in text
+    assert "| adapter_ours | 40 | 2.6 | 2.500 | 0.625 | 0.750 0.500 |  |" in text
+    assert "| adapter_ours | ISD N=4, T=0 | 2.250 | 3 |" in text
+    assert "| adapter_ours | ISD N=4, T=1 | 2.000 |  |" in text
+    assert "full_paper" not in text and "Not reached in the time of this run: 1 cases." in text
+    assert "greedy: exit status 0" in text
