@@ -6,6 +6,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from idlm_jax.decoding.baselines import BlockDiffusion, TwoPass
+from pallas_kernels.paged_attention.rows import MAX_TREE_ROWS
 
 MAX_STRIDE = 16
 
@@ -58,10 +59,10 @@ class ISD:
             "official": argmax proposals checked against the soft distribution they were not drawn from, as the
             reference implementation does. Its samples are not distributed as AR's; kept for comparison.
         max_stride: the largest stride that "auto" may choose: one more than the block length of training.
-        rows: query rows of a forward, from `stride` + 1 to stride^2, in place of `branches`. What the pending token and
-            the drafts leave of them is MASKs, each behind the prefix and at the depth where its draft is most likely to
-            be of use (`placement`). So many drafts as then stand behind the accepted ones are verified next, 0 to
-            `stride` - 1. Exact. Source: differs, the reference has one group.
+        rows: query rows of a forward, from `stride` + 1 to stride^2 (64 at most), in place of `branches`. What the
+            pending token and the drafts leave of them is MASKs, each behind the prefix and at the depth where its draft
+            is most likely to be of use (`placement`). So many drafts as then stand behind the accepted ones are
+            verified next, 0 to `stride` - 1. Exact. Source: differs, the reference has one group.
     """
 
     stride: int | Choice = 4
@@ -89,6 +90,11 @@ class ISD:
             raise ValueError("rule='official' has one group of MASKs and one stride: nothing can be branched or 'auto'")
         if self.rows is not None:
             self._check_rows(self.rows)
+        if self.window_len > MAX_TREE_ROWS:
+            raise ValueError(
+                f"stride={self.stride} with branches={self.branches} has {self.window_len} rows a forward, and "
+                f"attention takes {MAX_TREE_ROWS}: name as many as it should have with rows="
+            )
 
     def _check_rows(self, rows: int) -> None:
         if self.stride == "auto":
@@ -99,8 +105,9 @@ class ISD:
             raise ValueError(f"rule='official' has one group of MASKs, so no choice of {rows=}")
         if self.stride == 1:
             raise ValueError(f"{rows=}: a stride of 1 drafts nothing and has one row")
-        if not self.stride < rows <= self.stride**2:
-            raise ValueError(f"{rows=} must lie in {self.stride + 1}..{self.stride**2} at stride {self.stride}")
+        most = min(self.stride**2, MAX_TREE_ROWS)
+        if not self.stride < rows <= most:
+            raise ValueError(f"{rows=} must lie in {self.stride + 1}..{most} at stride {self.stride}")
 
     @property
     def num_masks(self) -> int:
@@ -138,7 +145,8 @@ class ISD:
                 methods.append(dataclasses.replace(self, stride=stride, branches=groups, rule="coupled"))
                 continue
             for rows in (window_len(stride, groups) for groups in (1, 2, 4) if groups <= stride):
-                methods.append(dataclasses.replace(self, stride=stride, branches=1, rows=rows, rule="coupled"))
+                if rows <= MAX_TREE_ROWS:
+                    methods.append(dataclasses.replace(self, stride=stride, branches=1, rows=rows, rule="coupled"))
         return tuple(methods)
 
 

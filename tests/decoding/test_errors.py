@@ -35,6 +35,20 @@ def test_strides_outside_1_to_16_are_refused(stride):
         ISD(stride=stride)
 
 
+@pytest.mark.parametrize("branches", [4, 5, 16])
+def test_more_rows_than_attention_takes_are_refused(branches):
+    with pytest.raises(ValueError, match=f"branches={branches} has {16 + 15 * branches} rows a forward.*64.*rows="):
+        ISD(stride=16, branches=branches)
+    with pytest.raises(ValueError, match=r"rows=65 must lie in 17\.\.64 at stride 16"):
+        ISD(stride=16, rows=65)
+
+
+def test_auto_leaves_out_what_has_more_rows_than_attention_takes():
+    rows = [method.window_len for method in ISD(16, branches="auto").menu]
+    assert rows == [31, 46] and ISD(16, branches="auto").window_len == 46
+    assert ISD(16, rows=64).window_len == 64
+
+
 def test_isd_without_a_mask_id_is_refused_and_ar_is_not():
     lm = tiny_lm(mask_token_id=None)
     with pytest.raises(ValueError, match=r"mask_token_id=\.\.\.\) or use AR"):
