@@ -121,8 +121,8 @@ SECTIONS = (
     Section(
         "Bit for bit",
         "bitwise/tiny-cpu.md",
-        "Aim: no differing token and no differing logit bit ([0013](decisions/0013-bitwise.md)). With the adapter that "
-        "was in assets/ then, which had no Markov head; `tests/decoding/test_markov_head.py` has a random one.",
+        "Aim: no differing token and no differing logit bit ([0013](decisions/0013-bitwise.md)): none of 161,280 "
+        "tokens in 18 settings.",
     ),
     Section(
         "8-bit weights",
