@@ -31,15 +31,18 @@ def check_prediction(row: idlm_jax.Consistency) -> None:
     """The interval of each holds the other; and what cold starts cost is more than that.
 
     A prediction's interval is over prompts; drawing accepts and refuses adds half a percent of TPF at temperature 1.
+    Where MASKs are placed the prediction is an approximation, whose own error no interval holds (decision 0012).
     """
     measured, predicted = row.tokens_per_forward, row.predicted
     assert predicted is not None
+    if isinstance(row.method, ISD) and row.method.places_masks:
+        assert predicted.value == pytest.approx(measured.value, rel=0.04)
+        return
     assert measured.low <= predicted.value <= measured.high
     assert predicted.low <= measured.value <= predicted.high
-    is_placed = isinstance(row.method, ISD) and row.method.places_masks  # then it is an approximation
-    assert predicted.value == pytest.approx(measured.value, rel=0.04 if is_placed else 0.02)
+    assert predicted.value == pytest.approx(measured.value, rel=0.02)
     has_branches = isinstance(row.method, ISD) and row.method.branches != 1
-    if row.method.num_masks and not has_branches and not is_placed:
+    if row.method.num_masks and not has_branches:
         acceptance = [each.value for each in row.acceptance_by_depth if each is not None]
         never_cold = 1 + sum(np.cumprod(acceptance))
         assert never_cold > max(measured.high, predicted.high)
