@@ -76,7 +76,7 @@ class Turn:
         windows: whose tokens were told.
         tokens: committed by them.
         untold: steps after a change of method, whose tokens are not told.
-        host_seconds: that choosing and learning took.
+        host_seconds: of a core, that choosing and learning took.
     """
 
     steps: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
@@ -95,25 +95,25 @@ class Turns(Pacer):
         self.now, self.turn = pacers[0], Turn()
 
     def choose(self, batch: int, forwards: int = 1) -> int:
-        start = time.perf_counter()
+        start = time.thread_time()
         index = self.now.choose(batch, forwards)
-        self.turn.host_seconds += time.perf_counter() - start
+        self.turn.host_seconds += time.thread_time() - start
         self.turn.steps[batch, index] += forwards
         return index
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
         self.turn.seconds[batch, index].append(seconds)
-        start = time.perf_counter()
+        start = time.thread_time()
         self.now.follow_seconds(batch, index, seconds)
-        self.turn.host_seconds += time.perf_counter() - start
+        self.turn.host_seconds += time.thread_time() - start
 
     def observe(self, index: int, forwards: int, tokens: int, verified: Sequence[int], accepted: Sequence[int]) -> None:
         self.turn.windows[index] += forwards
         self.turn.tokens[index] += tokens
         self.turn.untold[index] += not forwards
-        start = time.perf_counter()
+        start = time.thread_time()
         self.now.observe(index, forwards, tokens, verified, accepted)
-        self.turn.host_seconds += time.perf_counter() - start
+        self.turn.host_seconds += time.thread_time() - start
 
 
 def over_ar_by_steps(turns: Sequence[Turn]) -> float:

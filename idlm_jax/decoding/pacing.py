@@ -32,6 +32,9 @@ HALF_LIFE = 4096  # drafts or windows after which an observation counts half
 PRIOR_DRAFTS = 8.0  # weight of a depth's prior: the acceptance one place before, or FIRST_ACCEPTANCE
 PRIOR_FORWARDS = 256.0  # weight of the chain against counted tokens per forward
 FIRST_ACCEPTANCE = 0.7
+# Chains are followed again once so much of what is known of acceptance is new: for a menu of six it takes two thirds of
+# a millisecond of the host, as long as a small model's step, and less news hardly moves the estimate.
+NEWS = 1 / 32
 
 
 class Rate(NamedTuple):
@@ -48,11 +51,11 @@ class Pacer:
         """Args: fixed methods, by ascending stride and rows; choices are indices into it."""
         self.menu = tuple(menu)
         most = max(method.num_masks for method in self.menu)
-        self._verified, self._accepted = np.zeros(most), np.zeros(most)
+        self._verified, self._accepted = [0.0] * most, [0.0] * most
         self._forwards, self._tokens = [0.0] * len(self.menu), [0.0] * len(self.menu)
-        # By method: a chain's tokens per forward, until more is known of acceptance. AR says nothing of it, and a look
-        # at the rates would take half a millisecond of the host, which a small model's steps take as well.
+        # By method: a chain's tokens per forward, until more is known of acceptance; and drafts seen since.
         self._expected: dict[int, np.ndarray] = {}
+        self._num_new = 0
         self._times: dict[int, StepTimes] = {}
         self._current: dict[int, int] = {}
         self._num_chosen = self._num_probes = self._probe_left = 0
@@ -96,11 +99,14 @@ class Pacer:
             verified: drafts whose fate decided a token, by depth.
             accepted: how many of them were accepted, by depth.
         """
-        if any(verified):
-            kept = 0.5 ** (sum(verified) / HALF_LIFE)
-            self._verified = kept * self._verified + verified
-            self._accepted = kept * self._accepted + accepted
-            self._expected.clear()
+        if num_drafts := sum(verified):
+            kept = 0.5 ** (num_drafts / HALF_LIFE)
+            self._verified = [kept * old + new for old, new in zip(self._verified, verified, strict=True)]
+            self._accepted = [kept * old + new for old, new in zip(self._accepted, accepted, strict=True)]
+            self._num_new += num_drafts
+            if self._num_new > NEWS * sum(self._verified):
+                self._expected.clear()
+                self._num_new = 0
         kept = 0.5 ** (forwards / HALF_LIFE)
         self._forwards[index] = self._forwards[index] * kept + forwards
         self._tokens[index] = self._tokens[index] * kept + tokens
@@ -108,7 +114,7 @@ class Pacer:
     def acceptance(self) -> list[float]:
         """Probability that the draft at each depth is accepted if those before were; a guess where none was seen."""
         found, before = [], FIRST_ACCEPTANCE
-        for seen, good in zip(self._verified.tolist(), self._accepted.tolist(), strict=True):
+        for seen, good in zip(self._verified, self._accepted, strict=True):
             before = (good + PRIOR_DRAFTS * before) / (seen + PRIOR_DRAFTS)
             found.append(before)
         return found
@@ -123,7 +129,8 @@ class Pacer:
     def _expect(self, method: Method) -> np.ndarray:
         assert isinstance(method, AR | ISD)  # nothing else is in a menu of several
         mean = np.array(self.acceptance()[: method.num_masks])
-        error = np.sqrt(mean * (1 - mean) / (self._verified[: method.num_masks] + PRIOR_DRAFTS + 1))
+        seen = np.array(self._verified[: method.num_masks])
+        error = np.sqrt(mean * (1 - mean) / (seen + PRIOR_DRAFTS + 1))
         acceptance = np.clip(np.stack([mean - error, mean, mean + error]), 0.0, 1.0)
         return tokens_per_forward(chain_of(acceptance, method))
 

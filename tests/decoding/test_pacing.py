@@ -5,6 +5,8 @@ import random
 
 import pytest
 
+from idlm_jax.decoding import pacing
+from idlm_jax.decoding.chain import tokens_per_forward
 from idlm_jax.decoding.method import ISD, Method
 from idlm_jax.decoding.pacing import CONSIDER_EVERY, LONG_SHOT_EVERY, PROBE_EVERY, PROBE_FORWARDS, Pacer
 
@@ -101,6 +103,21 @@ def test_ar_that_was_timed_half_too_slow_is_back_soon(acceptance, seconds_per_ro
     ar = rate(World(acceptance, seconds_per_row), Pacer(MENU), 2000, fixed=0)
     assert rate(world, pacer, 2000) > 0.95 * ar
     assert rate(world, pacer, 2000) > 0.98 * ar
+
+
+def test_chains_are_followed_anew_only_when_enough_of_the_drafts_are_new(monkeypatch):
+    followed = []
+    monkeypatch.setattr(pacing, "tokens_per_forward", lambda chain: followed.append(chain) or tokens_per_forward(chain))
+    pacer = timed(World(0.5, 0.1))
+
+    def look(num_drafts: int) -> int:
+        before = len(followed)
+        pacer.observe(1, num_drafts, num_drafts, [num_drafts, 0, 0], [num_drafts // 2, 0, 0])
+        pacer.rates(WINDOWS)
+        return len(followed) - before
+
+    assert look(3200) == len(MENU)
+    assert [look(60), look(20), look(60)] == [0, 0, len(MENU)]
 
 
 def test_it_notices_that_drafts_have_become_better_while_it_ran_ar():
