@@ -8,7 +8,9 @@ from train.plan import describe, make_plan
 pytestmark = pytest.mark.compile
 
 
-@pytest.mark.parametrize(("name", "target"), [("qwen3_0p6b", "h100x8"), ("qwen3_8b", "h100x8")])
+@pytest.mark.parametrize(
+    ("name", "target"), [pytest.param("qwen3_0p6b", "h100x8", marks=pytest.mark.proof), ("qwen3_8b", "h100x8")]
+)
 def test_a_config_fits_the_devices_that_it_names(name, target):
     config = load_config(f"configs/{name}.yaml")
     plan = make_plan(config, target)
