@@ -10,7 +10,8 @@ keeps the requests in step, and its batches full, as no method does whose tokens
 shows it). Fixed methods that are far behind after a few rounds are not run in the others.
 
 Where "auto" mostly runs AR, the noise of two turns is larger than all that can differ between them: the steps that were
-not AR's, and the time that choosing took. So that is counted too, in the turns of "auto" alone (`over_ar_by_steps`).
+not AR's, and the time that choosing took. So that is counted too, in the turns of "auto" alone (`over_ar_by_steps`): it
+is what the pacer itself sees, decode steps that read no prompt. Where another method runs it is not what callers see.
 """
 
 import contextlib
@@ -120,8 +121,8 @@ def over_ar_by_steps(turns: Sequence[Turn]) -> float:
     """Seconds that AR would have taken for the same tokens, over those of the steps that ran and of choosing them.
 
     A step's seconds are the median of its kind in these turns. Nothing is hidden behind the device's work, and a step
-    after a change counts a token a window, as if it had had no drafts. Prompts are left out: whatever decodes, they are
-    as many, and would bring the ratio closer to 1.
+    after a change counts a token a window, as if it had had no drafts. Prompts, and decode steps beside one, are left
+    out.
     """
     seconds: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
     for turn in turns:
@@ -332,7 +333,7 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(f"| {each['callers']} | " + " | ".join(cell(each["over_ar"][name]) for name in names) + " |")
     lines += [
         "",
-        "| callers | best fixed | auto over it | auto over AR | auto over AR, by its steps | what auto chose |",
+        "| callers | best fixed | auto over it | auto over AR | decode steps alone | what auto chose |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for each in record["points"]:
