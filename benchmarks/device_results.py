@@ -182,4 +182,4 @@ def _decoding(lines: Sequence[Line]) -> Rows:
             if not name.endswith(suffix):
                 unlike = rates.get(name + suffix)
                 rows.append([line["case"], name, f"{rate:.3f}", "" if unlike is None else f"{unlike:.0f}"])
-    return ["conversion", "method", "TPF", "of 128 prompts unlike AR (bfloat16)"], rows
+    return ["conversion", "method", "TPF", "prompts unlike AR (bfloat16)"], rows

@@ -96,24 +96,27 @@ class Turns(Pacer):
         self.now, self.turn = pacers[0], Turn()
 
     def choose(self, batch: int, forwards: int = 1) -> int:
-        start = time.thread_time()
-        index = self.now.choose(batch, forwards)
-        self.turn.host_seconds += time.thread_time() - start
+        with self._counted():
+            index = self.now.choose(batch, forwards)
         self.turn.steps[batch, index] += forwards
         return index
 
     def follow_seconds(self, batch: int, index: int, seconds: float) -> None:
         self.turn.seconds[batch, index].append(seconds)
-        start = time.thread_time()
-        self.now.follow_seconds(batch, index, seconds)
-        self.turn.host_seconds += time.thread_time() - start
+        with self._counted():
+            self.now.follow_seconds(batch, index, seconds)
 
     def observe(self, index: int, forwards: int, tokens: int, verified: Sequence[int], accepted: Sequence[int]) -> None:
         self.turn.windows[index] += forwards
         self.turn.tokens[index] += tokens
         self.turn.untold[index] += not forwards
+        with self._counted():
+            self.now.observe(index, forwards, tokens, verified, accepted)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
         start = time.thread_time()
-        self.now.observe(index, forwards, tokens, verified, accepted)
+        yield
         self.turn.host_seconds += time.thread_time() - start
 
 
@@ -258,11 +261,13 @@ def measure(
                     time.sleep(SETTLE_S)
                     turns.turn = Turn()
                     found = speed(engine, step_ended, turn_s)
+                    # Its account ends with it: what follows settles, and chooses, for the next.
+                    account, turns.turn = turns.turn, Turn()
                     if turn < 0:
                         continue
                     speeds[turn, column] = found
                     if names[column] == AUTO:
-                        autos.append(turns.turn)
+                        autos.append(account)
         record["points"].append(point(count, names, speeds, autos))
         write(RESULTS, name, record, markdown(record))
     print(markdown(record))

@@ -93,7 +93,8 @@ SECTIONS = (
         "cores AR and N=2 are level within the noise of timed turns, which is larger than the aim: every interval of "
         '"auto" over the best holds 1. By the decode steps of its own turns "auto" is 2 % below AR with one caller, '
         "where choosing takes as much, level at 16 to 64, and ahead between; at 8 the two ways of counting do not "
-        "agree ([0017](decisions/0017-coupled-and-auto.md)).",
+        "agree. Shares and decode steps of this run hold an eighth of the next turn, mostly of AR "
+        "([0017](decisions/0017-coupled-and-auto.md)).",
     ),
     Section(
         "Consistency",

@@ -17,7 +17,7 @@ from idlm_jax.decoding.stream import stream_tokens
 from idlm_jax.decoding.window import Outputs
 from idlm_jax.model.language_model import LanguageModel, from_module
 from pallas_kernels.bodies import BY_NAME, Body
-from pallas_kernels.paged_attention import page_walk, reference
+from pallas_kernels.paged_attention import page_walk, paged_attention
 from tests.support.tiny_model import random_prompts, randomize_adapter, sharpen, tiny_module
 
 DTYPES = ["float32", "bfloat16"]
@@ -104,9 +104,7 @@ def take_away_attention_by_pages(patch: pytest.MonkeyPatch) -> None:
     """The reference in its place, which sums over the width of a table."""
 
     def by_table(q, k_pages, v_pages, page_table, context_len, visible):
-        causal = jnp.tril(jnp.ones((1, q.shape[1], q.shape[1]), bool))
-        mask = jnp.broadcast_to(causal, (len(q), *causal.shape[1:])) if visible is None else visible
-        return reference.paged_attention(q, k_pages, v_pages, page_table, context_len, mask)
+        return paged_attention(q, k_pages, v_pages, page_table, context_len, visible, body=Body.REFERENCE)
 
     patch.setattr(page_walk, "paged_attention", by_table)
 
